@@ -1,0 +1,1 @@
+"""Discovery, evaluation and comparison of circuits: tasks, published circuits, overlap."""

@@ -1,0 +1,54 @@
+"""Take a language model apart head by head.
+
+    import workbench as wb
+
+    model = wb.load_model()                       # SmolLM2-135M, no network beyond the package index
+    wb.attention_sinks(model).plot()
+
+Names are imported when they are first used, so that `import workbench` costs nothing but Python itself.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench.analyzers.attention_sinks import run as attention_sinks
+    from workbench.analyzers.head_patterns import run as head_patterns
+    from workbench.models import Model, load_model, wrap_model
+    from workbench.prompts import PromptPairs
+    from workbench.tables import HeadTable
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "HeadTable": "workbench.tables:HeadTable",
+    "Model": "workbench.models:Model",
+    "PromptPairs": "workbench.prompts:PromptPairs",
+    "attention_sinks": "workbench.analyzers.attention_sinks:run",
+    "head_patterns": "workbench.analyzers.head_patterns:run",
+    "load_model": "workbench.models:load_model",
+    "wrap_model": "workbench.models:wrap_model",
+}
+
+__all__ = [  # noqa: RUF022
+    "load_model",
+    "wrap_model",
+    "Model",
+    "PromptPairs",
+    "HeadTable",
+    "attention_sinks",
+    "head_patterns",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
+    module, _, attribute = _HOME[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,1 @@
+"""The `workbench` program, one module a verb."""

@@ -1,0 +1,1 @@
+"""Loading a model and looking at it head by head."""
