@@ -71,6 +71,6 @@ class Section:
     def __post_init__(self) -> None:
         for attribute in ("name", "title", "sentence", "method", "limits"):
             if not str(getattr(self, attribute)).strip():
-                raise DataError(f"report section {self.name!r} has an empty {attribute}: every section states one")
+                raise DataError(f"report section {self.name!r} has an empty {attribute}: each states one")
         if not self.name.replace("_", "").replace("-", "").isalnum():
             raise DataError(f"report section name {self.name!r} must consist of letters, digits, '_' and '-'")
