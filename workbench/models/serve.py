@@ -16,12 +16,7 @@ from workbench.models.spec import ModelSpec
 from workbench.models.weights import QKV, LayerWeights, Linear, MLPWeights, ModelWeights, Norm, Rotary
 
 WITHOUT_EFFECT = frozenset(
-    "transformers_version architectures dtype torch_dtype _name_or_path model_type return_dict output_hidden_states "
-    "output_attentions use_cache initializer_range bos_token_id eos_token_id pad_token_id id2label label2id "
-    "problem_type task_specific_params attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop "
-    "attn_pdrop summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
-    "n_ctx gradient_checkpointing unk_token_id sep_token_id decoder_start_token_id tokenizer_class "
-    "_attn_implementation_autoset is_llama_config rope_interleaved".split()
+    ["transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "model_type", "return_dict", "output_hidden_states", "output_attentions", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "task_specific_params", "attention_dropout", "hidden_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "n_ctx", "gradient_checkpointing", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "_attn_implementation_autoset", "is_llama_config", "rope_interleaved"]
 )
 """Fields that change nothing in the evaluation-mode forward pass of the families below."""
 
@@ -29,8 +24,7 @@ STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary scalings whose frequencies do not depend on the length of the prompt."""
 
 ROPE_FIELDS = frozenset(
-    "rope_type type rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor attention_factor "
-    "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim truncate".split()
+    ["rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"]
 )
 
 
@@ -47,9 +41,9 @@ class Family:
     build: Callable[[nn.Module], ModelWeights]
 
 
-def _linear(module: nn.Module) -> Linear:
+def _linear(module: Any) -> Linear:
     """View of an `nn.Linear`, or of transformers' `Conv1D`, whose weight lies the other way round."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator,assignment,union-attr]
+    weight: Tensor = module.weight.detach()
     bias = getattr(module, "bias", None)
     matrix = weight if type(module).__name__ == "Conv1D" else weight.mT
     return Linear(matrix=matrix, bias=None if bias is None else bias.detach())
@@ -229,24 +223,19 @@ def _llama_like(module: Any) -> ModelWeights:
 
 
 _ROTARY_DECODER = frozenset(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters head_dim sliding_window "
-    "layer_types".split()
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "head_dim", "sliding_window", "layer_types"]
 )
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         handled=frozenset(
-            "vocab_size n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
-            "scale_attn_weights tie_word_embeddings".split()
+            ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "tie_word_embeddings"]
         ),
         build=_gpt2,
     ),
     "gpt_neox": Family(
         handled=frozenset(
-            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
-            "max_position_embeddings layer_norm_eps tie_word_embeddings use_parallel_residual rope_parameters "
-            "attention_bias".split()
+            ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "max_position_embeddings", "layer_norm_eps", "tie_word_embeddings", "use_parallel_residual", "rope_parameters", "attention_bias"]
         ),
         build=_gpt_neox,
     ),
@@ -346,7 +335,10 @@ def serve(module: Any) -> tuple[ModelWeights | None, str | None]:
     reason = refusal(module.config)
     if reason is not None:
         return None, reason
-    weights = FAMILIES[module.config.model_type].build(module)
+    try:
+        weights = FAMILIES[module.config.model_type].build(module)
+    except AttributeError as error:
+        return None, f"{type(module).__name__} is not laid out as transformers' {module.config.model_type}: {error}"
     difference = disagreement(weights, module)
     limit = TOLERANCE.get(weights.dtype)
     if limit is None:
