@@ -30,7 +30,7 @@ def embed(weights: ModelWeights, tokens: Int[Tensor, "n pos"], first: int = 0) -
 def queries_keys_values(
     weights: ModelWeights, layer: LayerWeights, normed: Float[Tensor, "*batch pos d_model"], first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries `[..., pos, n_heads, d_head]` and keys, values `[..., pos, n_kv_heads, d_head]`, normalised and rotated."""
+    """Queries `[..., pos, n_heads, d_head]`; keys, values `[..., pos, n_kv_heads, d_head]`; normalised, rotated."""
     q, k, v = layer.qkv(normed)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = layer.q_norm(q), layer.k_norm(k)

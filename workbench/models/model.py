@@ -106,7 +106,7 @@ class Model:
         for key in sorted(named):
             value = named[key].detach().cpu().contiguous()
             digest.update(f"{key}:{tuple(value.shape)}:{value.dtype};".encode())
-            digest.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+            digest.update(value.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @cached_property

@@ -16,7 +16,46 @@ from workbench.models.spec import ModelSpec
 from workbench.models.weights import QKV, LayerWeights, Linear, MLPWeights, ModelWeights, Norm, Rotary
 
 WITHOUT_EFFECT = frozenset(
-    ["transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "model_type", "return_dict", "output_hidden_states", "output_attentions", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "task_specific_params", "attention_dropout", "hidden_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "n_ctx", "gradient_checkpointing", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "_attn_implementation_autoset", "is_llama_config", "rope_interleaved"]
+    [
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "_name_or_path",
+        "model_type",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "use_cache",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "task_specific_params",
+        "attention_dropout",
+        "hidden_dropout",
+        "classifier_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "summary_type",
+        "summary_use_proj",
+        "summary_activation",
+        "summary_proj_to_labels",
+        "summary_first_dropout",
+        "n_ctx",
+        "gradient_checkpointing",
+        "unk_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "tokenizer_class",
+        "_attn_implementation_autoset",
+        "is_llama_config",
+        "rope_interleaved",
+    ]
 )
 """Fields that change nothing in the evaluation-mode forward pass of the families below."""
 
@@ -24,7 +63,22 @@ STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary scalings whose frequencies do not depend on the length of the prompt."""
 
 ROPE_FIELDS = frozenset(
-    ["rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"]
+    [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "partial_rotary_factor",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "attention_factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ]
 )
 
 
@@ -223,19 +277,58 @@ def _llama_like(module: Any) -> ModelWeights:
 
 
 _ROTARY_DECODER = frozenset(
-    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "head_dim", "sliding_window", "layer_types"]
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "head_dim",
+        "sliding_window",
+        "layer_types",
+    ]
 )
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         handled=frozenset(
-            ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "tie_word_embeddings"]
+            [
+                "vocab_size",
+                "n_positions",
+                "n_embd",
+                "n_layer",
+                "n_head",
+                "n_inner",
+                "activation_function",
+                "layer_norm_epsilon",
+                "scale_attn_weights",
+                "tie_word_embeddings",
+            ]
         ),
         build=_gpt2,
     ),
     "gpt_neox": Family(
         handled=frozenset(
-            ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "max_position_embeddings", "layer_norm_eps", "tie_word_embeddings", "use_parallel_residual", "rope_parameters", "attention_bias"]
+            [
+                "vocab_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "hidden_act",
+                "max_position_embeddings",
+                "layer_norm_eps",
+                "tie_word_embeddings",
+                "use_parallel_residual",
+                "rope_parameters",
+                "attention_bias",
+            ]
         ),
         build=_gpt_neox,
     ),
