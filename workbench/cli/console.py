@@ -5,6 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import ModelError
+
+if TYPE_CHECKING:
+    from workbench.models import Model
 
 
 def progress() -> Callable[[str], None]:
@@ -17,3 +23,32 @@ def progress() -> Callable[[str], None]:
             print(f"[{time.monotonic() - begun:6.1f} s] {message}", file=sys.stderr, flush=True)
 
     return say
+
+
+def open_model(source: str | None, *, device: str | None, dtype: str | None, say: Callable[[str], None]) -> Model:
+    """Load the model that a command line names, and say so.
+
+    Args:
+        source: what `load_model` takes; None is the default model.
+        device: torch's name of the device, or None.
+        dtype: torch's name of the element type, or None.
+        say: told when it begins and when it is done.
+
+    Raises:
+        ModelError: if there is no such element type, or the model cannot be loaded.
+    """
+    say(f"loading {source or 'the default model'} ...")
+    import torch
+
+    from workbench import load_model
+
+    element = None
+    if dtype is not None:
+        element = getattr(torch, dtype, None)
+        if not isinstance(element, torch.dtype) or not element.is_floating_point:
+            raise ModelError(f"unknown --dtype {dtype!r}: use float32, bfloat16, float16 or float64")
+    wanted = {"device": device, "dtype": element}
+    options: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    model = load_model(**options) if source is None else load_model(source, **options)
+    say(f"loaded {model.name} ({model.path} path)")
+    return model

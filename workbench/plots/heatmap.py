@@ -117,9 +117,7 @@ def _axes(figure: Any, row: int, column: int, shape: tuple[int, ...], *, last_ro
 
 def _step(count: int) -> int:
     """Distance of the labels on an axis of `count` integers: at most 17 of them."""
-    return next(
-        step for step in (1, 2, 4, 5, 8, 10, 16, 32, 64, 128, 256) if count / step <= 16.5 or step == 256
-    )
+    return next(step for step in (1, 2, 4, 5, 8, 10, 16, 32, 64, 128, 256) if count / step <= 16.5 or step == 256)
 
 
 def _scale(values: np.ndarray, unit: str, signed: bool | None) -> dict[str, Any]:

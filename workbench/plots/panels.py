@@ -80,25 +80,17 @@ def select(table: HeadTable, metric: str | None = None, **where: Any) -> pd.Data
     wanted = {**({} if metric is None else {"metric": metric}), **where}
     for column, value in wanted.items():
         if column not in frame.columns:
-            raise DataError(
-                f"cannot select by {column!r}: the table has the columns {', '.join(frame.columns)}"
-            )
+            raise DataError(f"cannot select by {column!r}: the table has the columns {', '.join(frame.columns)}")
         allowed = list(value) if isinstance(value, (list, tuple, set)) else [value]
         kept = frame[column].isin(allowed)
         if not kept.any():
-            there = ", ".join(
-                repr(each) for each in sorted(frame[column].dropna().unique().tolist(), key=str)
-            )
-            raise DataError(
-                f"no row of the table has {column} = {value!r}; there are {there or 'none at all'}"
-            )
+            there = ", ".join(repr(each) for each in sorted(frame[column].dropna().unique().tolist(), key=str))
+            raise DataError(f"no row of the table has {column} = {value!r}; there are {there or 'none at all'}")
         frame = frame[kept]
     return frame
 
 
-def head_panels(
-    table: HeadTable, metrics: str | Sequence[str] | None = None, **where: Any
-) -> tuple[Panel, ...]:
+def head_panels(table: HeadTable, metrics: str | Sequence[str] | None = None, **where: Any) -> tuple[Panel, ...]:
     """Split the head-level rows of a table into panels of one number a head.
 
     Args:
@@ -131,9 +123,7 @@ def head_panels(
                 "select further, by a column in which they differ"
             )
         words = [str(values["metric"])] if "metric" in varying or not varying else []
-        words += [
-            f"position {values[c]}" if c == "position" else str(values[c]) for c in varying if c != "metric"
-        ]
+        words += [f"position {values[c]}" if c == "position" else str(values[c]) for c in varying if c != "metric"]
         groups[key if isinstance(key, tuple) else (key,)] = Panel(
             label=escape(" · ".join(word for word in words if word)),
             metric=str(values["metric"]),

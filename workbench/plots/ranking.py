@@ -138,9 +138,7 @@ def rates(table: HeadTable, metric: str, *, title: str | None = None, **where: A
     dress(figure, height=110 + 40 * len(inputs), title=None if title is None else escape(title), top=32)
     figure.update_xaxes(title=f"{escape(metric)}, %", rangemode="tozero", zeroline=True)
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=inputs[::-1])
-    figure.update_layout(
-        showlegend=len(groups) > 1, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
-    )
+    figure.update_layout(showlegend=len(groups) > 1, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
     return figure
 
 
@@ -179,8 +177,7 @@ def metric_scatter(
         if len(panels) > 1:
             found = ", ".join(panel.label for panel in panels)
             raise DataError(
-                f"metric {name!r} has {len(panels)} numbers a head ({found}): "
-                "choose one with x_where or y_where"
+                f"metric {name!r} has {len(panels)} numbers a head ({found}): choose one with x_where or y_where"
             )
         sides.append(panels[0])
     frame = sides[0].frame.merge(sides[1].frame, on=["layer", "head"], suffixes=("_x", "_y"))

@@ -44,9 +44,7 @@ def dress(figure: Any, *, height: int, title: str | None = None, top: int = 48, 
         height=height,
         autosize=True,
         font={"family": FONT, "size": 12, "color": INK},
-        title={"text": title, "font": {"size": 14}, "x": 0, "xanchor": "left", "pad": {"l": 4}}
-        if title
-        else None,
+        title={"text": title, "font": {"size": 14}, "x": 0, "xanchor": "left", "pad": {"l": 4}} if title else None,
         margin={"l": left, "r": 24, "t": top + (24 if title else 0), "b": 48},
         paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff",
