@@ -12,6 +12,7 @@ from workbench.models.gguf_file import GGUFHeader, read_gguf_header
 from workbench.models.store import CacheEntry, ensure_entry, file_sha256, models_folder, new_folder, read_entry, say
 
 _NAME_HASH_DIGITS = 12
+_UNQUANTISED = ("F64", "F32", "F16", "BF16")
 _TOKENIZER_BYTES = 16_000_000
 # Fields that change the numbers a model computes. One that the conversion has no place for means a refusal.
 _NUMERIC_FIELDS = (
@@ -149,7 +150,7 @@ def write_converted(header: GGUFHeader, folder: Path, *, sha256: str) -> dict[st
         tokenizer.save_pretrained(folder)
     return {
         "source": path.name,
-        "note": f"dequantised {header.quantisation}",
+        "note": f"{'converted from' if header.quantisation in _UNQUANTISED else 'dequantised'} {header.quantisation}",
         "gguf_sha256": sha256,
         "licence": header.metadata.get("general.license"),
         "converted_dtype": "float32",

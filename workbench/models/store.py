@@ -80,13 +80,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def list_entries() -> list[CacheEntry]:
-    """Every sound entry of the cache, by name."""
+def list_entries() -> dict[str, CacheEntry | str]:
+    """Every entry of the cache by name; a damaged one stands as a string that says how."""
     if not models_folder().is_dir():
-        return []
+        return {}
     folders = sorted(path for path in models_folder().iterdir() if path.is_dir() and not path.name.startswith("."))
-    read = [read_entry(folder.name) for folder in folders]
-    return [entry for entry in read if isinstance(entry, CacheEntry)]
+    return {folder.name: read_entry(folder.name) or "no longer there" for folder in folders}
 
 
 def read_entry(name: str) -> CacheEntry | str | None:
