@@ -67,14 +67,14 @@ def head_heatmap(
         figure.add_trace(_trace(panel, matrix, units.index(panel.unit)), row=row, col=column)
         _axes(figure, row, column, matrix.shape, last_row=place + columns >= len(panels))
     dress(figure, height=round(height) + 120, title=None if title is None else escape(title))
-    figure.update_layout(plot_bgcolor=MISSING, margin={"r": 30 + 56 * len(units)})
+    figure.update_layout(plot_bgcolor=MISSING, margin={"r": 30 + 64 * len(units)})
     figure.update_xaxes(showgrid=False, zeroline=False)
     figure.update_yaxes(showgrid=False, zeroline=False)
     figure.update_annotations(font={"size": 13}, yshift=4)
     for index, unit in enumerate(units):
         shown = [matrix for panel, matrix in zip(panels, matrices, strict=True) if panel.unit == unit]
         scale = _scale(np.concatenate([matrix.ravel() for matrix in shown]), unit, signed)
-        scale["colorbar"]["x"] = 1.01 + 0.08 * index
+        scale["colorbar"]["x"] = 1.01 + 0.1 * index
         figure.update_layout({f"coloraxis{index + 1 if index else ''}": scale})
     return figure
 

@@ -57,21 +57,24 @@ class Page:
         entries += [("reading", "Reading this report"), ("provenance", "Provenance")]
         links = "".join(f'<li><a href="#{escape(anchor)}">{escape(text)}</a></li>' for anchor, text in entries)
         parts = [
-            f"<header><h1>{escape(self.title)}</h1>"
-            f'<p class="byline">{escape(self.byline)} · <time>{escape(self.created)}</time></p></header>',
             _findings(self.outcomes),
             *(_section(outcome) for outcome in self.outcomes),
             heads_table(self.columns),
             _reading(self.files),
             _provenance(self.provenance),
         ]
+        day = self.created[:16].replace("T", " ")
+        header = (
+            f'<header><h1>{escape(self.title)}</h1><p class="byline">{escape(self.byline)} · '
+            f'<time datetime="{escape(self.created)}">{escape(day)} UTC</time></p></header>'
+        )
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{escape(self.title)}</title>\n<style>\n{style}</style>\n"
             f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n"
-            f'<div class="page">\n<nav aria-label="Contents"><h2>Contents</h2><ol>{links}</ol></nav>\n'
+            f'<div class="page">\n{header}\n<nav aria-label="Contents"><h2>Contents</h2><ol>{links}</ol></nav>\n'
             f"<main>\n{''.join(parts)}</main>\n</div>\n<script>\n{script}</script>\n</body>\n</html>\n"
         )
 
