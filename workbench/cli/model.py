@@ -51,15 +51,17 @@ def register(app: typer.Typer) -> None:
         print(f"{len(entries)} in {models_folder()}")
         damaged = False
         for name, entry in entries.items():
-            state = f"damaged: {entry}" if isinstance(entry, str) else str(entry.provenance.get("source", ""))
-            if verify and not isinstance(entry, str):
-                try:
-                    entry.verify()
-                    state += " (verified)"
-                except DataError as error:
-                    entry, state = str(error), f"damaged: {error}"
-            size = "" if isinstance(entry, str) else f"{entry.n_bytes / 1e6:,.1f} MB"
-            damaged |= isinstance(entry, str)
+            if isinstance(entry, str):
+                size, state, sound = "", f"damaged: {entry}", False
+            else:
+                size, state, sound = f"{entry.n_bytes / 1e6:,.1f} MB", str(entry.provenance.get("source", "")), True
+                if verify:
+                    try:
+                        entry.verify()
+                        state += " (verified)"
+                    except DataError as error:
+                        state, sound = f"damaged: {error}", False
+            damaged |= not sound
             print(f"{name:<32} {size:>12}  {state}")
         if damaged:
             raise typer.Exit(1)

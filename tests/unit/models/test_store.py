@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from workbench.errors import DataError, OutputError
 from workbench.models.store import CacheEntry, ensure_entry, list_entries, new_folder, read_entry, write_manifest
 
@@ -61,9 +62,12 @@ def test_new_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
 def test_new_folder_leaves_nothing_behind_on_failure(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), new_folder(tmp_path / "final", bytes_needed=1) as partial:
-        (partial / "a").write_text("x")
+    def write(folder: Path) -> None:
+        (folder / "a").write_text("x")
         raise error
+
+    with pytest.raises(type(error)), new_folder(tmp_path / "final", bytes_needed=1) as partial:
+        write(partial)
     assert everything_in(tmp_path) == []
 
 
@@ -81,7 +85,7 @@ def test_new_folder_does_not_overwrite(tmp_path: Path) -> None:
 def test_new_folder_below_a_file_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
-        pytest.raises(OutputError, match="cannot write to .*file"),
+        pytest.raises(OutputError, match=r"cannot write to .*file"),
         new_folder(tmp_path / "file" / "final", bytes_needed=1),
     ):
         pass
@@ -97,15 +101,18 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(small_disk: Path) -> Non
 
 @pytest.mark.parametrize("how", ["file", "safetensors"])
 def test_a_disk_that_fills_up_leaves_no_half_made_folder(small_disk: Path, how: str) -> None:
+    def write(folder: Path) -> None:
+        (folder / "small").write_text("x")
+        if how == "file":
+            (folder / "a").write_bytes(bytes(2_000_000))
+        else:
+            save_file({"w": torch.zeros(500_000)}, folder / "model.safetensors")
+
     with (
         pytest.raises(OutputError, match=r"is full: making final takes 1,000 bytes"),
         new_folder(small_disk / "final", bytes_needed=1000) as partial,
     ):
-        (partial / "small").write_text("x")
-        if how == "file":
-            (partial / "a").write_bytes(bytes(2_000_000))
-        else:
-            save_file({"w": torch.zeros(500_000)}, partial / "model.safetensors")
+        write(partial)
     assert everything_in(small_disk) == []
 
 
