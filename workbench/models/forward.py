@@ -85,27 +85,14 @@ def unembed(weights: ModelWeights, resid: Float[Tensor, "*batch d_model"]) -> Fl
     return weights.unembed(weights.ln_final(resid))
 
 
-def forward(
+def run_blocks(
     weights: ModelWeights,
-    tokens: Int[Tensor, "n pos"],
+    resid: Float[Tensor, "n pos d_model"],
     *,
     observe: Mapping[str, Observer] | None = None,
-    unembed_positions: Int[Tensor, "n"] | None = None,
     first_position: int = 0,
-) -> Tensor:
-    """Run the model.
-
-    Args:
-        weights: canonical view of the model.
-        tokens: token ids, padded on the right.
-        observe: callbacks by site (see `SITES`), each called with the layer and the tensor. `pattern` comes in float32
-            `[n, n_heads, query, key]`; asking for it turns the fused attention off.
-        unembed_positions: unembed just this position of each prompt.
-        first_position: position of the first token.
-
-    Returns:
-        Logits `[n, pos, d_vocab]`, or `[n, d_vocab]` with `unembed_positions`.
-    """
+) -> Float[Tensor, "n pos d_model"]:
+    """Take a stream through all blocks, up to the final norm; `observe` as in `forward`."""
     spec = weights.spec
     watchers = dict(observe or {})
 
@@ -113,7 +100,6 @@ def forward(
         if site in watchers:
             watchers[site](layer, value)
 
-    resid = embed(weights, tokens, first_position)
     for index, layer in enumerate(weights.layers):
         see("resid_pre", index, resid)
         q, k, v = queries_keys_values(weights, layer, layer.ln1(resid), first_position)
@@ -138,6 +124,31 @@ def forward(
             mid = mid + mlp_out
         resid = mid
         see("resid_post", index, resid)
+    return resid
+
+
+def forward(
+    weights: ModelWeights,
+    tokens: Int[Tensor, "n pos"],
+    *,
+    observe: Mapping[str, Observer] | None = None,
+    unembed_positions: Int[Tensor, "n"] | None = None,
+    first_position: int = 0,
+) -> Tensor:
+    """Run the model.
+
+    Args:
+        weights: canonical view of the model.
+        tokens: token ids, padded on the right.
+        observe: callbacks by site (see `SITES`), each called with the layer and the tensor. `pattern` comes in float32
+            `[n, n_heads, query, key]`; asking for it turns the fused attention off.
+        unembed_positions: unembed just this position of each prompt.
+        first_position: position of the first token.
+
+    Returns:
+        Logits `[n, pos, d_vocab]`, or `[n, d_vocab]` with `unembed_positions`.
+    """
+    resid = run_blocks(weights, embed(weights, tokens, first_position), observe=observe, first_position=first_position)
     if unembed_positions is not None:
         resid = resid[torch.arange(len(tokens), device=tokens.device), unembed_positions]
     return unembed(weights, resid)

@@ -124,7 +124,9 @@ class Graph:
         """
         names = list(names)
         if isinstance(names, str) or not names:
-            raise PromptError("edges is empty: name at least one edge, for example 'm2->logits', or leave it out for all")
+            raise PromptError(
+                "edges is empty: name at least one edge, for example 'm2->logits', or leave it out for all"
+            )
         pairs = [self._parse(name) for name in names]
         return Edges(self, np.array([s for s, _ in pairs]), np.array([r for _, r in pairs]))
 
