@@ -94,6 +94,7 @@ def forward_with_hooks(
         ModelError: if a site is asked for that the bridge of this architecture does not show.
     """
     hooks = []
+    shown: set[tuple[str, int]] = set()
     for site, watcher in observe.items():
         for layer in range(bridge.cfg.n_layers):
             names = [f"blocks.{layer}.{name}" for name in HOOKS[site]]
@@ -106,8 +107,16 @@ def forward_with_hooks(
                 )
 
             def show(value: Tensor, hook: Any, layer: int = layer, watcher: Any = watcher, site: str = site) -> None:
+                shown.add((site, layer))
                 watcher(layer, value.float() if site == "pattern" and value.dtype != torch.float64 else value)
 
             hooks.append((name, show))
     with bridge.hooks(fwd_hooks=hooks):
-        return bridge(tokens, return_type="logits")
+        logits = bridge(tokens, return_type="logits")
+    for site in observe:  # some adapters list hooks that never fire
+        if {layer for name, layer in shown if name == site} != set(range(bridge.cfg.n_layers)):
+            raise ModelError(
+                f"site {site!r} is listed but not shown by the TransformerLens bridge of {bridge.cfg.model_name}; "
+                "the fast path has it for the architectures it serves"
+            )
+    return logits
