@@ -65,12 +65,12 @@ def hover_text(row: dict[Any, Any], label: str) -> str:
     return "<br>".join(lines)
 
 
-def select(table: HeadTable, metric: str | None = None, **where: Any) -> pd.DataFrame:
+def select(table: HeadTable, metric: str | Sequence[str] | None = None, **where: Any) -> pd.DataFrame:
     """Rows of a table.
 
     Args:
         table: the table.
-        metric: only this metric.
+        metric: only this metric, or these.
         where: only rows with these values, column by column; a list admits several.
 
     Raises:
@@ -102,7 +102,7 @@ def head_panels(table: HeadTable, metrics: str | Sequence[str] | None = None, **
         DataError: if there are no such rows, or a head has two numbers that nothing in the table tells apart.
     """
     names = [metrics] if isinstance(metrics, str) else list(metrics or [])
-    frame = select(table, **({"metric": names} if names else {}), **where)
+    frame = select(table, names or None, **where)
     frame = frame[frame["layer"].notna() & frame["head"].notna()]
     if frame.empty:
         raise DataError(

@@ -116,7 +116,7 @@ def rates(table: HeadTable, metric: str, *, title: str | None = None, **where: A
     figure = go.Figure()
     groups = list(frame.groupby("position", sort=True, dropna=False))
     for place, (position, rows) in enumerate(groups):
-        label = "all positions" if is_missing(position) else f"key position {int(position)}"
+        label = "all positions" if is_missing(position) else f"key position {position}"
         hover = [
             f"<b>{escape(str(each['input']))}</b>, {label}<br>{percent(each['value'])} "
             f"{interval(each['ci_low'], each['ci_high'], share=True)}"

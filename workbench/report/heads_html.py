@@ -15,7 +15,7 @@ def heads_table(columns: tuple[Column, ...]) -> str:
     """The table of heads with its tools; static HTML that `assets/report.js` makes sortable and filterable."""
     if not columns:
         return ""
-    cells: list[dict[tuple[int, int], dict[Any, Any]]] = [column.rows.to_dict("index") for column in columns]
+    cells: list[dict[Any, dict[Any, Any]]] = [column.rows.to_dict("index") for column in columns]
     names = ["head", *(column.label for column in columns)]
     buttons = "".join(
         f'<th scope="col" aria-sort="{"ascending" if place == 0 else "none"}">'
