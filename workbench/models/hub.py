@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import ModelError
-from workbench.models.store import say
+from workbench.errors import ModelError, OutputError
+from workbench.models.store import is_full, say
 
 _TIMEOUT_S = 10.0
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -34,6 +34,7 @@ def fetch_from_hub(hub_id: str, *, with_code: bool = False, endpoint: str | None
 
     Raises:
         ModelError: if the id is unknown, gated, without safetensors, or the hub cannot be reached.
+        OutputError: if the disk of the hub's cache is full.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -118,6 +119,15 @@ def _explained(hub_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise ModelError(f"the Hugging Face hub refused {hub_id!r}: {error}. Try again later. {default}") from error
     except Exception as error:
+        if is_full(error):
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            raise OutputError(
+                f"the disk of the Hugging Face cache {HF_HUB_CACHE} is full, {hub_id} does not fit: free some space, "
+                "or set HF_HOME to a folder on another disk"
+            ) from error
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+            raise ModelError(f"fetching {hub_id} failed: {type(error).__name__}: {error}. {default}") from error
         raise ModelError(
             f"{hub_id} is not in the local Hugging Face cache, and the hub cannot be reached "
             f"({type(error).__name__}: {error}): check the spelling and the network, or give a local folder. {default}"

@@ -195,7 +195,7 @@ def new_folder(final: Path, *, bytes_needed: int, replace: bool = False) -> Iter
         _publish(partial, final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_full(error):
+        if is_full(error):
             raise OutputError(_full(final, bytes_needed, shutil.disk_usage(parent).free)) from error
         raise
 
@@ -257,7 +257,8 @@ def _partial_prefix(name: str) -> str:
     return f".{name}.partial-"
 
 
-def _is_full(error: BaseException | None) -> bool:
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that a disk or a quota is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -275,7 +276,7 @@ def _full(final: Path, bytes_needed: int, free: int) -> str:
 
 
 def _unwritable(final: Path, error: OSError, bytes_needed: int) -> str:
-    if _is_full(error):
+    if is_full(error):
         return _full(final, bytes_needed, 0)
     return (
         f"cannot write to {final.parent}: {error.strerror or error}. Choose a folder that you may write to "
