@@ -6,9 +6,11 @@ model to the hook path with the reason. What passes is then compared with the wr
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.models.forward import forward
@@ -116,6 +118,13 @@ def _rotary(module: Any) -> Rotary:
     return Rotary(inv_freq=module.inv_freq.detach(), factor=float(module.attention_scaling))
 
 
+def _activation(module: Any) -> Callable[[Tensor], Tensor]:
+    """The module's activation; the tanh form of GELU that transformers spells out is torch's single fused call."""
+    if type(module).__name__ in {"NewGELUActivation", "GELUTanh"}:
+        return partial(F.gelu, approximate="tanh")
+    return module  # type: ignore[no-any-return]
+
+
 def _gpt2(module: Any) -> ModelWeights:
     config, body = module.config, module.transformer
     d_head = config.n_embd // config.n_head
@@ -128,7 +137,7 @@ def _gpt2(module: Any) -> ModelWeights:
             n_kv_heads=config.n_head,
             d_head=d_head,
         )
-        mlp = MLPWeights(w_in=_linear(block.mlp.c_fc), w_out=_linear(block.mlp.c_proj), act=block.mlp.act)
+        mlp = MLPWeights(w_in=_linear(block.mlp.c_fc), w_out=_linear(block.mlp.c_proj), act=_activation(block.mlp.act))
         layers.append(
             LayerWeights(
                 ln1=_layernorm(block.ln_1),
@@ -177,7 +186,9 @@ def _gpt_neox(module: Any) -> ModelWeights:
             d_head=d_head,
         )
         mlp = MLPWeights(
-            w_in=_linear(block.mlp.dense_h_to_4h), w_out=_linear(block.mlp.dense_4h_to_h), act=block.mlp.act
+            w_in=_linear(block.mlp.dense_h_to_4h),
+            w_out=_linear(block.mlp.dense_4h_to_h),
+            act=_activation(block.mlp.act),
         )
         layers.append(
             LayerWeights(
@@ -242,7 +253,7 @@ def _llama_like(module: Any) -> ModelWeights:
                     w_in=_linear(feed.up_proj),
                     gate=_linear(feed.gate_proj),
                     w_out=_linear(feed.down_proj),
-                    act=feed.act_fn,
+                    act=_activation(feed.act_fn),
                 ),
                 q_norm=_rmsnorm(attention.q_norm) if normed else None,
                 k_norm=_rmsnorm(attention.k_norm) if normed else None,

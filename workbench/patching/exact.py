@@ -19,7 +19,7 @@ from workbench.patching.graph import Edges, Receiver, Sender
 from workbench.patching.runs import Runs
 from workbench.patching.window import attend_window
 
-CPU_TOKENS = 4096
+CPU_TOKENS = 2048
 """Edges x prompts x positions walked together on a CPU: enough for efficient products, small enough for its caches."""
 
 GPU_TOKENS = 1 << 18
@@ -107,10 +107,7 @@ def _walk(
             stream = join(mid, (index, 0), mid_base)
             if stream is not None and layer.mlp is not None:
                 stream = stream + layer.mlp(layer.ln2(stream))
-        if at_answer:
-            post_base = runs.final[:, None]
-        else:
-            post_base = runs.resid_pre[index + 1]
+        post_base = runs.final[:, None] if at_answer else runs.resid_pre[index + 1]
         stream = join(stream, (index, 1), post_base)
     final = None if stream is None else stream.squeeze(-2)
     if (spec.n_layers, 2) in joins:

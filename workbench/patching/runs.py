@@ -89,15 +89,14 @@ class Runs:
     @cached_property
     def patterns(self) -> tuple[Float[Tensor, "n n_heads width pos"], ...]:
         """Base attention of the window's queries over all keys, in float32 or better."""
-        return tuple(self.pattern(layer) for layer in range(self.weights.spec.n_layers))
+        return tuple(self.scores(layer).softmax(-1) for layer in range(self.weights.spec.n_layers))
 
-    def pattern(self, layer: int) -> Float[Tensor, "n n_heads width pos"]:
-        """Base attention of one layer's window queries over all keys."""
+    def scores(self, layer: int) -> Float[Tensor, "n n_heads width pos"]:
+        """Base attention scores of one layer's window queries over all keys, masked."""
         spec = self.weights.spec
         q = self.queries[layer].transpose(1, 2)
         k = self.keys[layer].permute(0, 2, 3, 1).repeat_interleave(spec.group_size, dim=1)
-        scores = (q @ k).to(self.base_value.dtype) * spec.attn_scale
-        return (scores + self.visible[:, None]).softmax(-1)
+        return (q @ k).to(self.base_value.dtype) * spec.attn_scale + self.visible[:, None]
 
     @cached_property
     def visible(self) -> Float[Tensor, "n width pos"]:
