@@ -98,9 +98,9 @@ def test_a_second_load_is_quick_silent_and_fetches_nothing(
 
     monkeypatch.setattr(default, "download_wheel", asked)
     monkeypatch.setattr(default, "write_converted", asked)
-    begun = time.monotonic()
+    begun = time.process_time()  # a busy machine stretches wall time; converting takes 17 s of processor time
     again = workbench.load_model(device="cpu")
-    assert time.monotonic() - begun < 15
+    assert time.process_time() - begun < 8
     assert capfd.readouterr() == ("", "")
     assert again.model_hash == default_model.model_hash
 
