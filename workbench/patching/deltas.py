@@ -24,7 +24,11 @@ def sender_deltas(runs: Runs, graph: Graph, senders: list[int]) -> Float[Tensor,
     for layer, members in by_layer.items():
         columns, heads = zip(*members, strict=True)
         written = runs.delta_z[layer, list(heads)].flatten(1, 2) @ runs.weights.layers[layer].W_O[list(heads)]
-        found[:, :, list(columns)] = written.unflatten(1, (n, width)).permute(1, 2, 0, 3)
+        written = written.unflatten(1, (n, width)).permute(1, 2, 0, 3)
+        if columns[-1] - columns[0] + 1 == len(columns):
+            found[:, :, columns[0] : columns[-1] + 1] = written
+        else:
+            found[:, :, list(columns)] = written
     return found
 
 
@@ -37,5 +41,5 @@ def contract(
     deltas: Float[Tensor, "n width senders d_model"], gradient: Float[Tensor, "n width receivers d_model"]
 ) -> Float[Tensor, "n senders receivers"]:
     """First-order effect of each sender on each receiver: inner product over positions and the stream."""
-    product = deltas.flatten(0, 1) @ gradient.flatten(0, 1).mT
+    product = torch.bmm(deltas.flatten(0, 1), gradient.flatten(0, 1).mT)
     return product.unflatten(0, deltas.shape[:2]).sum(1, dtype=torch.promote_types(deltas.dtype, torch.float32))

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.models.weights import LayerWeights, Norm, rotate
+from workbench.models.weights import LayerWeights, Norm
+from workbench.patching.passes import run_window
 from workbench.patching.runs import Runs
-from workbench.patching.window import attend_window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,6 @@ class Gradients:
 
     Attributes:
         pre: the stream into each block, which `ln1` normalises.
-        mid: the stream into each MLP, which `ln2` normalises.
         q: at the query projection's output, before norm and rotation, `[n, width, n_heads, d_head]`.
         k: likewise for keys.
         v: likewise for values.
@@ -28,7 +27,6 @@ class Gradients:
     """
 
     pre: tuple[Tensor, ...]
-    mid: tuple[Tensor, ...]
     q: tuple[Tensor, ...]
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
@@ -45,94 +43,67 @@ def gradients(runs: Runs, start: Float[Tensor, "n width d_model"] | None = None)
         runs: caches of the prompts.
         start: stream into the first block; the base run's by default. Positions before the windows are the base's.
     """
-    weights, window, spec = runs.weights, runs.window, runs.weights.spec
-    table = None if weights.rotary is None else window.rotary(weights.rotary, weights.dtype)
-    kept: dict[str, list[Tensor]] = {name: [] for name in ("q", "k", "v", "z", "mlp_in", "mlp_out")}
-    pre, mid = [], []
+    made = runs.traced if start is None else None
+    if made is None:
+        with torch.enable_grad():
+            x = (runs.resid_pre[0] if start is None else start).detach().requires_grad_()
+            made = run_window(runs.weights, runs.window, x, runs.keys, runs.values)
     with torch.enable_grad():
-        x = (runs.resid_pre[0] if start is None else start).detach().requires_grad_()
-        for index, layer in enumerate(weights.layers):
-            pre.append(x.detach())
-            raw = layer.qkv(layer.ln1(x))
-            for name, value in zip("qkv", raw, strict=True):
-                kept[name].append(value)
-            q, k = (
-                norm(r) if norm is not None else r
-                for norm, r in zip((layer.q_norm, layer.k_norm), raw[:2], strict=True)
-            )
-            if table is not None:
-                q, k = rotate(q, table), rotate(k, table)
-            z = attend_window(
-                spec,
-                window,
-                q[None],
-                k[None],
-                raw[2][None],
-                runs.keys[index][:, : window.prefix],
-                runs.values[index][:, : window.prefix],
-                at_answer=False,
-            )[0]
-            kept["z"].append(z)
-            after = x + layer.out(z.flatten(-2))
-            stream = x if spec.parallel else after
-            mid.append(stream.detach())
-            if layer.mlp is not None:
-                own = stream.view_as(stream)
-                out = layer.mlp(layer.ln2(own))
-                kept["mlp_in"].append(own)
-                kept["mlp_out"].append(out)
-                after = after + out
-            x = after
-        final = x[torch.arange(len(x), device=x.device), window.answer_index]
-        value = runs.metric.read(final).sum()
-        wanted = [tensor for tensors in kept.values() for tensor in tensors]
-        found = torch.autograd.grad(value, [*wanted, final], allow_unused=True)
-    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(found, [*wanted, final], strict=True)]
-    at = 0
-    parts: dict[str, tuple[Tensor, ...]] = {}
-    for name, tensors in kept.items():
-        parts[name] = tuple(filled[at : at + len(tensors)])
-        at += len(tensors)
+        value = runs.metric.read(made.final).sum()
+    n_layers = len(made.pre)
+    wanted = [*(part for raw in made.raw for part in raw), *made.z, *made.mid, *made.mlp_out, made.final]
+    found = torch.autograd.grad(value, wanted, allow_unused=True, retain_graph=made is runs.traced)
+    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(found, wanted, strict=True)]
+    raw, rest = filled[: 3 * n_layers], filled[3 * n_layers : -1]
     return Gradients(
-        pre=tuple(pre),
-        mid=tuple(mid),
-        q=parts["q"],
-        k=parts["k"],
-        v=parts["v"],
-        z=parts["z"],
-        mlp_in=parts["mlp_in"],
-        mlp_out=parts["mlp_out"],
+        pre=tuple(x.detach() for x in made.pre),
+        q=tuple(raw[0::3]),
+        k=tuple(raw[1::3]),
+        v=tuple(raw[2::3]),
+        z=tuple(rest[:n_layers]),
+        mlp_in=tuple(rest[n_layers : 2 * n_layers]),
+        mlp_out=tuple(rest[2 * n_layers :]),
         final=filled[-1],
     )
 
 
-def norm_vjp(
-    norm: Norm, x: Float[Tensor, "*batch d"], gradient: Float[Tensor, "*batch receivers d"]
-) -> Float[Tensor, "*batch receivers d"]:
-    """Pull gradients at a norm's output back to its input, for several receivers of one stream.
-
-    Source: the derivative of `w (x - mean) / sigma + b`; for RMSNorm without the mean.
-    """
+def folded(norm: Norm, matrices: Float[Tensor, "heads d_model d_head"]) -> Float[Tensor, "heads d_head d_model"]:
+    """Projections with the norm's gain and centring folded in, transposed: what a stream over its sigma meets."""
+    rows = matrices.mT
     if norm.kind == "none":
-        return gradient
+        return rows
     assert norm.weight is not None
+    rows = rows * norm.weight
+    return rows - rows.mean(-1, keepdim=True) if norm.kind == "layernorm" else rows
+
+
+def unit_stream(norm: Norm, x: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
+    """A stream, centred where the norm centres, over its sigma; and sigma. Without a norm: itself, and 1."""
+    if norm.kind == "none":
+        return x, torch.ones_like(x[..., 0])
     centred = x - x.mean(-1, keepdim=True) if norm.kind == "layernorm" else x
-    inverse = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + norm.eps)
-    unit = (centred * inverse).unsqueeze(-2)
-    gained = gradient * norm.weight
-    pulled = gained - unit * (gained * unit).mean(-1, keepdim=True)
-    if norm.kind == "layernorm":
-        pulled = pulled - gained.mean(-1, keepdim=True)
-    return pulled * inverse.unsqueeze(-2)
+    sigma = (centred.square().mean(-1) + norm.eps).sqrt()
+    return centred / sigma[..., None], sigma
 
 
 def receiver_gradients(
     layer: LayerWeights, kind: str, at: Gradients, index: int
 ) -> Float[Tensor, "n width receivers d_model"]:
-    """Gradient of the metric at the stream that each receiver of one kind reads, norm included."""
+    """Gradient of the metric at the stream that each receiver of one kind reads, norm included.
+
+    The derivative of `x_hat w + b`, `x_hat = (x - mean) / sigma`, pulled back: `(c - x_hat (c . x_hat) / d) / sigma`
+    with the gain and the centring folded into `c`.
+    """
     if kind == "mlp":
         return at.mlp_in[index].unsqueeze(-2)
     raw = {"q": at.q, "k": at.k, "v": at.v}[kind][index]
-    matrices = layer.qkv.weights["qkv".index(kind)]
-    normed = torch.einsum("nthe,hde->nthd", raw, matrices)
-    return norm_vjp(layer.ln1, at.pre[index], normed)
+    n, width, heads, d_head = raw.shape
+    rows = folded(layer.ln1, layer.qkv.weights["qkv".index(kind)])
+    raw = raw.flatten(0, 1).transpose(0, 1)
+    if layer.ln1.kind == "none":
+        return torch.bmm(raw, rows).unflatten(1, (n, width)).permute(1, 2, 0, 3)
+    unit, sigma = unit_stream(layer.ln1, at.pre[index].flatten(0, 1))
+    pulled = torch.bmm(raw / sigma[:, None], rows)
+    along = torch.linalg.vecdot(pulled, unit)
+    pulled.addcmul_(along[..., None], unit, value=-1 / unit.shape[-1])
+    return pulled.unflatten(1, (n, width)).permute(1, 2, 0, 3)

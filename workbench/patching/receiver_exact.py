@@ -15,7 +15,8 @@ keys are normalised, deltas are projected to queries and keys instead; both form
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from workbench.models.weights import Norm, at_least_float32, rotate
 from workbench.patching.deltas import sender_deltas
-from workbench.patching.gradients import Gradients, gradients
+from workbench.patching.gradients import Gradients, folded, gradients, unit_stream
 from workbench.patching.graph import Edges
 from workbench.patching.runs import Runs
 from workbench.patching.sweep import Group, by_receiver_layer
@@ -70,121 +71,125 @@ class _Normed:
         layer: which layer.
         deltas: `[n, width, senders, d_model]`.
         inverse: 1/sigma of the patched streams `[n, width, senders]`, float32 or better.
-        base: base stream, centred where the norm centres, over its own sigma `[n, width, d_model]`.
+        unit: base stream, centred where the norm centres, over its own sigma `[n, width, d_model]`.
         sigma: of the base stream `[n, width]`.
     """
 
     layer: int
     deltas: Tensor
     inverse: Tensor
-    base: Tensor
+    unit: Tensor
     sigma: Tensor
 
     @classmethod
     def of(cls, runs: Runs, layer: int, deltas: Tensor) -> "_Normed":
         norm, x = runs.weights.layers[layer].ln1, runs.resid_pre[layer]
         wide = at_least_float32(x.dtype)
+        unit, sigma = unit_stream(norm, x.to(wide))
         if norm.kind == "none":
-            ones = torch.ones(deltas.shape[:-1], dtype=wide, device=x.device)
-            return cls(layer=layer, deltas=deltas, inverse=ones, base=x, sigma=ones[..., 0])
-        d_model = x.shape[-1]
-        centred = (x - x.mean(-1, keepdim=True) if norm.kind == "layernorm" else x).to(wide)
-        square = torch.linalg.vector_norm(deltas, dim=-1, dtype=wide).square()
-        if norm.kind == "layernorm":
-            square = square - deltas.sum(-1, dtype=wide).square() / d_model
-        cross = (deltas @ centred.to(deltas.dtype)[..., None]).squeeze(-1).to(wide)
-        own = centred.square().sum(-1)
-        variance = (own[..., None] + 2 * cross + square).clamp(min=0) / d_model
-        sigma = (own / d_model + norm.eps).sqrt()
-        return cls(
-            layer=layer,
-            deltas=deltas,
-            inverse=torch.rsqrt(variance + norm.eps),
-            base=(centred / sigma[..., None]).to(x.dtype),
-            sigma=sigma,
-        )
+            inverse = torch.ones(deltas.shape[:-1], dtype=wide, device=x.device)
+        else:
+            d_model = x.shape[-1]
+            square = torch.linalg.vector_norm(deltas, dim=-1, dtype=wide).square()
+            if norm.kind == "layernorm":
+                square = square - deltas.sum(-1, dtype=wide).square() / d_model
+            cross = _project(deltas, unit.to(deltas.dtype)[:, :, None]).squeeze(-1).to(wide) * sigma[..., None]
+            own = (sigma.square() - norm.eps)[..., None] * d_model
+            inverse = torch.rsqrt((own + 2 * cross + square).clamp(min=0) / d_model + norm.eps)
+        return cls(layer=layer, deltas=deltas, inverse=inverse, unit=unit.to(x.dtype), sigma=sigma)
+
+    def senders(self, part: slice) -> "_Normed":
+        """The same for some of the senders."""
+        return replace(self, deltas=self.deltas[:, :, part], inverse=self.inverse[:, :, part])
+
+    def onto(self, rows: Float[Tensor, "n rows d_model"], position: int) -> Float[Tensor, "n senders rows"]:
+        """Patched normalised streams of one window position on folded rows, without the norm's bias."""
+        dtype = self.inverse.dtype
+        moved = torch.bmm(self.deltas[:, position], rows.mT).to(dtype)
+        base = torch.bmm(self.unit[:, position, None], rows.mT).to(dtype) * self.sigma[:, position, None, None]
+        return (moved + base) * self.inverse[:, position, :, None]
 
 
-def _gained(norm: Norm, columns: Float[Tensor, "*batch d_model columns"]) -> Float[Tensor, "*batch d_model columns"]:
-    """Fold a norm's gain, and its centring, into vectors that normalised streams are projected on."""
-    if norm.kind == "none":
-        return columns
-    assert norm.weight is not None
-    columns = columns * norm.weight[:, None]
-    return columns - columns.mean(-2, keepdim=True) if norm.kind == "layernorm" else columns
+def _project(
+    deltas: Float[Tensor, "n width senders d_model"], rows: Float[Tensor, "n width rows d_model"]
+) -> Float[Tensor, "n width senders rows"]:
+    """One product per prompt and position, without a copy of the deltas."""
+    return torch.bmm(deltas.flatten(0, 1), rows.flatten(0, 1).mT).unflatten(0, deltas.shape[:2])
 
 
 def _attention(
     runs: Runs, at: Gradients, group: Group, view: _Normed, budget_bytes: int
 ) -> Float[Tensor, "n senders heads"]:
     spec = runs.weights.spec
-    n, width, n_senders, _ = view.deltas.shape
     if group.kind == "v":
         return _value_edges(runs, at, group, view)
-    members = torch.tensor([[h * spec.group_size + i for i in range(spec.group_size)] for h in group.heads])
-    if group.kind == "q":
-        members = torch.tensor(group.heads)[:, None]
-    length = runs.keys[group.layer].shape[1]
-    pairs_per_position = length if group.kind == "q" else width
-    absorbed = not spec.qk_norm and pairs_per_position * members.shape[1] <= 2 * spec.d_head
-    scores = _absorbed_scores if absorbed else _projected_scores
-    weight = _key_weights(runs, at, group.layer, members.flatten())
-    found = []
-    per_sender = n * members.numel() * width * (length if group.kind == "q" else width + 1) * 4 * 4
-    per_sender += n * width * members.numel() * spec.d_head * 16
+    n, width, n_senders, _ = view.deltas.shape
+    is_query = group.kind == "q"
+    repeats = 1 if is_query else spec.group_size
+    own = torch.tensor(group.heads)
+    heads = own if is_query else (own[:, None] * repeats + torch.arange(repeats)).flatten()
+    reach = runs.length if is_query else width
+    absorbed = not spec.qk_norm and reach * repeats <= 2 * spec.d_head
+    make = _Absorbed if absorbed else _Projected
+    worth = _worth(runs, at, group.layer, heads)
+    per_sender = n * len(heads) * (4 * reach if is_query else 4 * width * (width + 1)) * 4
+    per_sender += 0 if absorbed else n * width * len(own) * spec.d_head * 16
     size = max(1, budget_bytes // per_sender)
+    finish = _query_effects if is_query else _key_effects
+    found = []
     for first in range(0, n_senders, size):
-        part = _Normed(
-            layer=view.layer,
-            deltas=view.deltas[:, :, first : first + size],
-            inverse=view.inverse[:, :, first : first + size],
-            base=view.base,
-            sigma=view.sigma,
-        )
-        patched = scores(runs, group, part, members)
-        finish = _query_effects if group.kind == "q" else _key_effects
-        effects = finish(runs, group.layer, members.flatten(), weight, patched)
-        found.append(effects.unflatten(-1, members.shape).sum(-1))
-    return torch.cat(found, dim=1)
+        scores = make(runs, group, view.senders(slice(first, first + size)), heads)
+        found.append(finish(runs, group.layer, heads, worth, scores))
+    return torch.cat(found, dim=1).unflatten(-1, (len(own), repeats)).sum(-1)
 
 
-def _key_weights(runs: Runs, at: Gradients, layer: int, heads: Tensor) -> Float[Tensor, "n heads width pos"]:
+def _worth(runs: Runs, at: Gradients, layer: int, heads: Tensor) -> Float[Tensor, "n width pos heads"]:
     """What a unit of attention of window query t on key u is worth: value of u times the gradient at z of t."""
     spec = runs.weights.spec
     values = runs.values[layer][:, :, heads // spec.group_size]
     dtype = at_least_float32(values.dtype)
-    return torch.einsum("nuhe,nthe->nhtu", values.to(dtype), at.z[layer][:, :, heads].to(dtype))
+    return torch.einsum("nuhe,nthe->nhtu", values.to(dtype), at.z[layer][:, :, heads].to(dtype)).permute(0, 2, 3, 1)
+
+
+def _base_effects(runs: Runs, layer: int, heads: Tensor, worth: Tensor) -> Float[Tensor, "n 1 heads"]:
+    """What the base run's attention is worth, over all window queries."""
+    return (runs.patterns[layer][:, heads] * worth.permute(0, 3, 1, 2)).sum((-1, -2))[:, None]
 
 
 def _query_effects(
-    runs: Runs, layer: int, heads: Tensor, weight: Tensor, scores: Float[Tensor, "n width senders heads pos"]
+    runs: Runs, layer: int, heads: Tensor, worth: Tensor, scores: "_Scores"
 ) -> Float[Tensor, "n senders heads"]:
-    worth = weight.permute(0, 2, 1, 3)[:, :, None]
-    base = (runs.patterns[layer][:, heads].permute(0, 2, 1, 3)[:, :, None] * worth).sum(-1)
-    seen = scores + runs.visible[:, :, None, None]
-    return ((seen.softmax(-1) * worth).sum(-1) - base).sum(1)
+    """Every window query attends afresh to all keys that it sees."""
+    total = -_base_effects(runs, layer, heads, worth)
+    for t in range(runs.window.width):
+        upto = runs.window.prefix + t + 1 if runs.window.causal else runs.length
+        patched = scores.at(t, upto) + runs.visible[:, t, None, :upto, None]
+        total = total + (patched.softmax(-2) * worth[:, t, None, :upto]).sum(-2)
+    return total
 
 
 def _key_effects(
-    runs: Runs, layer: int, heads: Tensor, weight: Tensor, scores: Float[Tensor, "n senders heads width width"]
+    runs: Runs, layer: int, heads: Tensor, worth: Tensor, scores: "_Scores"
 ) -> Float[Tensor, "n senders heads"]:
-    """Keys before the window are unchanged: they enter as one key with their joint score and mean worth."""
+    """Window queries attend to patched keys; keys before the window enter as one, with joint score and mean worth."""
     window = runs.window
-    base = (runs.patterns[layer][:, heads] * weight).sum(-1)[:, None]
-    rows = torch.arange(len(window.start), device=scores.device)[:, None]
-    own_weight = weight.transpose(1, 3)[rows, window.positions].transpose(1, 3)[:, None]
-    unseen = torch.zeros(window.within.shape, dtype=scores.dtype, device=scores.device)
-    unseen.masked_fill_(~window.within, float("-inf"))
-    scores = scores + unseen[:, None, None]
+    rows = torch.arange(len(window.start), device=worth.device)[:, None]
+    own_worth = worth.transpose(1, 2)[rows, window.positions]
+    patched = torch.stack([scores.at(u, 0) for u in range(window.width)], dim=1)
+    if window.causal:
+        later = torch.ones(window.width, window.width, dtype=torch.bool, device=worth.device).tril(-1)
+        patched.masked_fill_(later[None, :, None, :, None], float("-inf"))
     if window.prefix:
         early = runs.scores(layer)[:, heads, :, : window.prefix]
         early = early.masked_fill(~window.before[:, None, None], float("-inf"))
         joint = early.logsumexp(-1)
         share = (early - joint.clamp(min=torch.finfo(joint.dtype).min)[..., None]).exp()
-        mean_worth = (share * weight[..., : window.prefix]).sum(-1)
-        scores = torch.cat((scores, joint[:, None, ..., None].expand(*scores.shape[:-1], 1)), dim=-1)
-        own_weight = torch.cat((own_weight, mean_worth[:, None, ..., None]), dim=-1)
-    return ((scores.softmax(-1) * own_weight).sum(-1) - base).sum(-1)
+        mean_worth = (share * worth[:, :, : window.prefix].permute(0, 3, 1, 2)).sum(-1).transpose(1, 2)
+        joint = joint.transpose(1, 2)[:, None, None].expand(-1, 1, patched.shape[2], -1, -1)
+        patched = torch.cat((patched, joint), dim=1)
+        own_worth = torch.cat((own_worth, mean_worth[:, None]), dim=1)
+    # softmax over keys, dimension 1 of [n, keys, senders, queries, heads]
+    return (patched.softmax(1) * own_worth[:, :, None]).sum((1, 3)) - _base_effects(runs, layer, heads, worth)
 
 
 def _value_edges(runs: Runs, at: Gradients, group: Group, view: _Normed) -> Float[Tensor, "n senders heads"]:
@@ -195,46 +200,11 @@ def _value_edges(runs: Runs, at: Gradients, group: Group, view: _Normed) -> Floa
     gradient = at.z[group.layer].to(pattern.dtype)
     pulled = torch.einsum("nhtu,nthe->nuhe", pattern, gradient)
     pulled = pulled.unflatten(2, (spec.n_kv_heads, spec.group_size)).sum(3)[:, :, group.heads]
-    columns = torch.einsum("nuge,gde->nudg", pulled.to(view.deltas.dtype), layer.W_V[group.heads])
-    columns = _gained(layer.ln1, columns)
-    base = (view.base[..., None, :] @ columns).to(pattern.dtype)
-    moved = (view.deltas @ columns).to(pattern.dtype)
+    lines = torch.einsum("nuge,ged->nugd", pulled.to(view.deltas.dtype), folded(layer.ln1, layer.W_V[group.heads]))
+    base = _project(view.unit[:, :, None], lines).to(pattern.dtype)
+    moved = _project(view.deltas, lines).to(pattern.dtype)
     patched = (base * view.sigma[..., None, None] + moved) * view.inverse[..., None]
     return (patched - base).sum(1)
-
-
-def _absorbed_scores(runs: Runs, group: Group, view: _Normed, members: Tensor) -> Tensor:
-    """Scores of the patched queries (or keys) by projecting deltas on one vector per query-key pair."""
-    weights, window, spec = runs.weights, runs.window, runs.weights.spec
-    layer = weights.layers[group.layer]
-    heads = members.flatten()
-    kv = heads // spec.group_size
-    own_is_query = group.kind == "q"
-    which = 0 if own_is_query else 1
-    if own_is_query:
-        others = runs.keys[group.layer][:, :, kv]
-        matrices = layer.W_Q[heads]
-    else:
-        others = runs.queries[group.layer][:, :, heads]
-        matrices = layer.W_K[kv]
-    width = window.width
-    n, n_others = others.shape[:2]
-    turned = others[:, None]
-    if weights.rotary is not None:
-        cos, sin = window.rotary(weights.rotary, others.dtype)
-        table = (cos[:, :, None].expand(-1, -1, n_others, -1), -sin[:, :, None].expand(-1, -1, n_others, -1))
-        turned = rotate(turned.expand(-1, width, -1, -1, -1), table)
-    # [n, own, heads, d_head, others] -> [n, own, d_model, heads * others]
-    turned = turned.permute(0, 1, 3, 4, 2) * spec.attn_scale
-    columns = _gained(layer.ln1, (matrices @ turned).transpose(2, 3).flatten(3, 4))
-    dtype = view.inverse.dtype
-    constant = _constant(layer.qkv.biases[which], layer.ln1, matrices, heads if own_is_query else kv)
-    moved = (view.deltas @ columns).unflatten(-1, (len(heads), n_others)).to(dtype)
-    base = (view.base.to(columns.dtype)[..., None, :] @ columns).unflatten(-1, (len(heads), n_others)).to(dtype)
-    scores = (moved + base * view.sigma[..., None, None, None]) * view.inverse[..., None, None]
-    if constant is not None:
-        scores = scores + (constant[:, None] @ turned).squeeze(-2)[:, :, None].to(dtype)
-    return scores if own_is_query else scores.permute(0, 2, 3, 4, 1)
 
 
 def _constant(bias: Tensor | None, norm: Norm, matrices: Tensor, heads: Tensor) -> Float[Tensor, "heads d_head"] | None:
@@ -246,35 +216,89 @@ def _constant(bias: Tensor | None, norm: Norm, matrices: Tensor, heads: Tensor) 
     return through if own is None else own + through
 
 
-def _projected_scores(runs: Runs, group: Group, view: _Normed, members: Tensor) -> Tensor:
-    """Scores of the patched queries (or keys) by projecting deltas to `d_head` dimensions."""
-    weights, spec = runs.weights, runs.weights.spec
-    layer = weights.layers[group.layer]
-    own = torch.tensor(group.heads)
-    own_is_query = group.kind == "q"
-    which = 0 if own_is_query else 1
-    matrices = layer.qkv.weights[which][own]
-    columns = _gained(layer.ln1, matrices.transpose(0, 1).flatten(1))
-    constant = _constant(layer.qkv.biases[which], layer.ln1, matrices, own)
-    dtype = view.inverse.dtype
-    moved = (view.deltas @ columns).to(dtype)
-    base = (view.base @ columns).to(dtype)[:, :, None] * view.sigma[..., None, None]
-    raw = ((moved + base) * view.inverse[..., None]).unflatten(-1, (len(own), spec.d_head))
-    if constant is not None:
-        raw = raw + constant
-    norm = layer.q_norm if own_is_query else layer.k_norm
-    if norm is not None:
-        raw = norm(raw)
-    if weights.rotary is not None:
-        cos, sin = runs.window.rotary(weights.rotary, raw.dtype)
-        raw = rotate(raw, (cos[:, :, None], sin[:, :, None]))
-    raw = raw * spec.attn_scale
-    heads = members.flatten()
-    if own_is_query:
-        keys = runs.keys[group.layer][:, :, heads // spec.group_size].to(dtype)
-        return torch.einsum("ntshe,nuhe->ntshu", raw, keys)
-    raw = raw.repeat_interleave(members.shape[1], dim=-2)
-    return torch.einsum("nushe,nthe->nshtu", raw, runs.queries[group.layer][:, :, heads].to(dtype))
+class _Scores(Protocol):
+    """Scores of patched queries (or keys) of one window position."""
+
+    def at(self, position: int, upto: int) -> Float[Tensor, "n senders others heads"]:
+        """Scores with keys before `upto`, or with all window queries."""
+        ...
+
+
+class _Absorbed:
+    """Deltas projected on one row per query-key pair: no patched query or key is ever formed."""
+
+    def __init__(self, runs: Runs, group: Group, view: _Normed, heads: Tensor) -> None:
+        spec, layer = runs.weights.spec, runs.weights.layers[group.layer]
+        self.view, self.runs, self.is_query = view, runs, group.kind == "q"
+        kv = heads // spec.group_size
+        own = heads if self.is_query else kv
+        matrices = (layer.W_Q if self.is_query else layer.W_K)[own]
+        others = runs.keys[group.layer][:, :, kv] if self.is_query else runs.queries[group.layer][:, :, heads]
+        self.others = others.permute(2, 0, 1, 3) * spec.attn_scale
+        self.folded = folded(layer.ln1, matrices)
+        self.constant = _constant(layer.qkv.biases[0 if self.is_query else 1], layer.ln1, matrices, own)
+        self.fixed = None if runs.weights.rotary else self._rows(self.others)
+
+    def _rows(self, others: Float[Tensor, "heads n others d_head"]) -> tuple[Tensor, Tensor | None]:
+        """Rows `[n, others, heads, d_model]` and what biases add `[n, 1, others, heads]`."""
+        heads, n, _, _ = others.shape
+        rows = torch.bmm(others.reshape(heads, -1, others.shape[-1]), self.folded)
+        rows = rows.unflatten(1, (n, -1)).permute(1, 2, 0, 3).contiguous()
+        if self.constant is None:
+            return rows, None
+        return rows, (others @ self.constant[:, None, :, None]).squeeze(-1).permute(1, 2, 0)[:, None]
+
+    def at(self, position: int, upto: int) -> Float[Tensor, "n senders others heads"]:
+        """See `_Scores`; queries before a key do not see it and are left at 0."""
+        first, stop = (0, upto) if self.is_query else (position if self.runs.window.causal else 0, self.others.shape[2])
+        if self.fixed is not None:
+            rows, added = self.fixed[0][:, first:stop], self.fixed[1]
+            added = None if added is None else added[:, :, first:stop]
+        else:
+            assert self.runs.weights.rotary is not None
+            cos, sin = self.runs.window.rotary(self.runs.weights.rotary, self.others.dtype)
+            table = (cos[:, position, None], -sin[:, position, None])
+            turned = rotate(self.others[:, :, first:stop, None], (table[0][None], table[1][None])).squeeze(-2)
+            rows, added = self._rows(turned)
+        found = self.view.onto(rows.flatten(1, 2), position).unflatten(-1, (stop - first, -1))
+        if added is not None:
+            found = found + added.to(found.dtype)
+        if first:
+            found = torch.cat((found.new_zeros(*found.shape[:2], first, found.shape[-1]), found), dim=2)
+        return found
+
+
+class _Projected:
+    """Deltas projected to queries (or keys): for long prompts, and where queries and keys are normalised."""
+
+    def __init__(self, runs: Runs, group: Group, view: _Normed, heads: Tensor) -> None:
+        weights, spec = runs.weights, runs.weights.spec
+        layer = weights.layers[group.layer]
+        is_query = group.kind == "q"
+        own = torch.tensor(group.heads)
+        matrices = (layer.W_Q if is_query else layer.W_K)[own]
+        dtype = view.inverse.dtype
+        constant = _constant(layer.qkv.biases[0 if is_query else 1], layer.ln1, matrices, own)
+        rows = folded(layer.ln1, matrices).flatten(0, 1).mT
+        base = (view.unit @ rows).to(dtype)[:, :, None] * view.sigma[..., None, None]
+        raw = ((view.deltas @ rows).to(dtype) + base) * view.inverse[..., None]
+        raw = raw.unflatten(-1, (len(own), spec.d_head))
+        if constant is not None:
+            raw = raw + constant
+        norm = layer.q_norm if is_query else layer.k_norm
+        if norm is not None:
+            raw = norm(raw)
+        if weights.rotary is not None:
+            cos, sin = runs.window.rotary(weights.rotary, raw.dtype)
+            raw = rotate(raw, (cos[:, :, None], sin[:, :, None]))
+        self.own = raw.repeat_interleave(len(heads) // len(own), dim=-2) * spec.attn_scale
+        others = runs.keys[group.layer] if is_query else runs.queries[group.layer]
+        self.others = others[:, :, heads // spec.group_size if is_query else heads].to(dtype)
+
+    def at(self, position: int, upto: int) -> Float[Tensor, "n senders others heads"]:
+        """See `_Scores`."""
+        others = self.others[:, :upto] if upto else self.others
+        return torch.einsum("nshe,nuhe->nsuh", self.own[:, position], others)
 
 
 def _mlp(runs: Runs, at: Gradients, group: Group, deltas: Tensor) -> Float[Tensor, "n senders 1"]:

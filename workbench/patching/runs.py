@@ -6,13 +6,14 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from workbench.models.forward import Observer, embed, run_blocks
 from workbench.models.weights import ModelWeights
 from workbench.patching.graph import Sender
 from workbench.patching.metric import BoundMetric, bind
+from workbench.patching.passes import Pass, run_window
 from workbench.patching.window import Window
 from workbench.prompts import PromptPairs
 
@@ -43,8 +44,8 @@ class Runs:
         metric: the metric, bound to these prompts.
         base_value: the metric of the base run.
         patch_value: the metric of the patch run.
-        base_tokens: token ids of the base run.
-        patch_tokens: token ids of the patch run.
+        length: number of positions of the longest prompt that are run.
+        traced: the base run with its graph, where gradients were announced and the windows are whole prompts.
     """
 
     weights: ModelWeights
@@ -64,8 +65,8 @@ class Runs:
     metric: BoundMetric
     base_value: Float[Tensor, "n"]
     patch_value: Float[Tensor, "n"]
-    base_tokens: Int[Tensor, "n pos"]
-    patch_tokens: Int[Tensor, "n pos"]
+    length: int
+    traced: Pass | None = None
 
     def writes(self, senders: Sequence[Sender]) -> Float[Tensor, "edges n width d_model"]:
         """What replacing each sender's write adds to the stream."""
@@ -101,10 +102,8 @@ class Runs:
     @cached_property
     def visible(self) -> Float[Tensor, "n width pos"]:
         """Additive mask of the window's queries over all keys: 0 where a key is seen, else minus infinity."""
-        pos = torch.arange(self.base_tokens.shape[1], device=self.base_tokens.device)
-        mask = torch.zeros(
-            *self.window.positions.shape, len(pos), dtype=self.base_value.dtype, device=self.base_tokens.device
-        )
+        pos = torch.arange(self.length, device=self.final.device)
+        mask = self.base_value.new_zeros(*self.window.positions.shape, self.length)
         if self.window.causal:
             mask.masked_fill_(pos > self.window.positions[:, :, None], float("-inf"))
         return mask
@@ -120,8 +119,9 @@ def run_bytes(weights: ModelWeights, n: int, width: int, length: int) -> int:
     return n * (spec.n_layers * (windowed + whole) + peak) * weights.embed.element_size()
 
 
-@torch.no_grad()
-def make_runs(weights: ModelWeights, pairs: PromptPairs, *, direction: Direction, metric: str) -> Runs:
+def make_runs(
+    weights: ModelWeights, pairs: PromptPairs, *, direction: Direction, metric: str, trace: bool = False
+) -> Runs:
     """Run both versions of the prompts and keep what effects need.
 
     Args:
@@ -129,54 +129,79 @@ def make_runs(weights: ModelWeights, pairs: PromptPairs, *, direction: Direction
         pairs: prompts; those with windows of like width should share a batch.
         direction: `noising`: the clean run is the base and corrupted writes are patched in; `denoising`: the reverse.
         metric: name of a metric of `workbench.metrics`.
+        trace: gradients of the base run will be asked for: where its windows are whole prompts, keep its graph.
     """
     pairs = pairs.to(weights.device)
-    spec = weights.spec
     answer = pairs.answer_positions
-    window = Window.of(pairs.first_difference, answer, causal=spec.causal)
+    window = Window.of(pairs.first_difference, answer, length=pairs.clean.shape[1], causal=weights.spec.causal)
     length = max(int(answer.max()) + 1, window.width)
     clean, corrupted = pairs.clean[:, :length], pairs.corrupted[:, :length]
     base_tokens, patch_tokens = (clean, corrupted) if direction == "noising" else (corrupted, clean)
-    rows = torch.arange(len(pairs), device=weights.device)
-    windowed: dict[str, list[Tensor]] = {site: [] for site in ("resid_pre", "resid_mid", "q", "z", "mlp_out")}
-    whole: dict[str, list[Tensor]] = {"k": [], "v": []}
-    observe: dict[str, Observer] = {
-        site: (lambda layer, x, kept=kept: kept.append(window.take(x))) for site, kept in windowed.items()
-    }
-    observe |= {site: (lambda layer, x, kept=kept: kept.append(x)) for site, kept in whole.items()}
-    base_input, patch_input = embed(weights, base_tokens), embed(weights, patch_tokens)
-    base_final = run_blocks(weights, base_input, observe=observe)[rows, answer]
+    with torch.no_grad():
+        base_input = embed(weights, base_tokens)
+        delta_input = window.take(embed(weights, patch_tokens) - base_input)
+    whole = int(window.start.max()) == 0
+    with torch.set_grad_enabled(trace and whole):
+        if whole:
+            base = run_window(weights, window, base_input.requires_grad_(trace))
+            keys = tuple(k.detach() for k in base.k)
+            values = tuple(raw[2].detach() for raw in base.raw)
+        else:
+            base, keys, values = _whole_run(weights, window, base_input)
+    with torch.no_grad():
+        patch = run_window(weights, window, base.pre[0].detach() + delta_input, keys, values)
+        base_final = base.final.detach()
+        bound = bind(metric, weights, pairs, base_final if direction == "noising" else patch.final)
+        delta_z = torch.stack([(b - a).permute(2, 0, 1, 3) for a, b in zip(base.z, patch.z, strict=True)])
+        if weights.spec.d_mlp:
+            delta_mlp = torch.stack([b - a for a, b in zip(base.mlp_out, patch.mlp_out, strict=True)])
+        else:
+            delta_mlp = delta_input.new_zeros(0, *delta_input.shape)
+        return Runs(
+            weights=weights,
+            pairs=pairs,
+            window=window,
+            resid_pre=tuple(x.detach() for x in base.pre),
+            resid_mid=tuple(x.detach() for x in base.mid),
+            queries=tuple(x.detach() for x in base.q),
+            keys=keys,
+            values=values,
+            z=tuple(x.detach() for x in base.z),
+            mlp_out=tuple(x.detach() for x in base.mlp_out),
+            final=base_final,
+            delta_z=delta_z,
+            delta_mlp=delta_mlp,
+            delta_input=delta_input,
+            metric=bound,
+            base_value=bound.read(base_final),
+            patch_value=bound.read(patch.final),
+            length=length,
+            traced=base if trace and whole else None,
+        )
 
-    delta_z: list[Tensor] = []
-    delta_mlp: list[Tensor] = []
 
-    def see_z(layer: int, x: Tensor) -> None:
-        delta_z.append((window.take(x) - windowed["z"][layer]).permute(2, 0, 1, 3))
+def _whole_run(
+    weights: ModelWeights, window: Window, start: Float[Tensor, "n pos d_model"]
+) -> tuple[Pass, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A run over all positions, cut to the windows; its keys and values whole."""
+    kept: dict[str, list[Tensor]] = {site: [] for site in ("resid_pre", "resid_mid", "q", "k", "v", "z", "mlp_out")}
 
-    def see_mlp(layer: int, x: Tensor) -> None:
-        delta_mlp.append(window.take(x) - windowed["mlp_out"][layer])
+    def keeper(site: str) -> Observer:
+        into = kept[site]
+        if site in {"k", "v"}:
+            return lambda _, x: into.append(x)
+        return lambda _, x: into.append(window.take(x))
 
-    patch_final = run_blocks(weights, patch_input, observe={"z": see_z, "mlp_out": see_mlp})[rows, answer]
-    bound = bind(metric, weights, pairs, base_final if direction == "noising" else patch_final)
-    delta_input = window.take(patch_input - base_input)
-    return Runs(
-        weights=weights,
-        pairs=pairs,
-        window=window,
-        resid_pre=tuple(windowed["resid_pre"]),
-        resid_mid=tuple(windowed["resid_pre" if spec.parallel else "resid_mid"]),
-        queries=tuple(windowed["q"]),
-        keys=tuple(whole["k"]),
-        values=tuple(whole["v"]),
-        z=tuple(windowed["z"]),
-        mlp_out=tuple(windowed["mlp_out"]),
-        final=base_final,
-        delta_z=torch.stack(delta_z),
-        delta_mlp=torch.stack(delta_mlp) if delta_mlp else delta_input.new_zeros(0, *delta_input.shape),
-        delta_input=delta_input,
-        metric=bound,
-        base_value=bound.read(base_final),
-        patch_value=bound.read(patch_final),
-        base_tokens=base_tokens,
-        patch_tokens=patch_tokens,
+    end = run_blocks(weights, start, observe={site: keeper(site) for site in kept})
+    rows = torch.arange(len(end), device=end.device)
+    made = Pass(
+        pre=tuple(kept["resid_pre"]),
+        mid=tuple(kept["resid_pre" if weights.spec.parallel else "resid_mid"]),
+        raw=(),
+        q=tuple(kept["q"]),
+        k=(),
+        z=tuple(kept["z"]),
+        mlp_out=tuple(kept["mlp_out"]),
+        final=end[rows, window.answer],
     )
+    return made, tuple(kept["k"]), tuple(kept["v"])

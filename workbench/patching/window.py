@@ -34,10 +34,13 @@ class Window:
     causal: bool
 
     @classmethod
-    def of(cls, first_difference: Int[Tensor, "n"], answer: Int[Tensor, "n"], *, causal: bool) -> "Window":
-        """Smallest common window that holds every position from the first difference to the answer."""
+    def of(cls, first_difference: Int[Tensor, "n"], answer: Int[Tensor, "n"], *, length: int, causal: bool) -> "Window":
+        """Smallest common window that holds every position from the first difference to the answer.
+
+        Without a causal mask the answer also depends on what stands behind it: the window is all of `length`.
+        """
         if not causal:
-            return cls(start=torch.zeros_like(answer), width=int(answer.max()) + 1, answer=answer, causal=False)
+            return cls(start=torch.zeros_like(answer), width=length, answer=answer, causal=False)
         width = int((answer - first_difference + 1).clamp(min=1).max())
         return cls(start=(answer - width + 1).clamp(min=0), width=width, answer=answer, causal=True)
 
