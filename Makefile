@@ -13,6 +13,7 @@ help:
 	@echo 'make lint     ruff and mypy'
 	@echo 'make gpu      tests and benchmarks that need a GPU, with PYTHON=... as it is'
 	@echo 'make venv     the environment in $(VENV)'
+	@echo 'make tracr    the compiled programs in tests/oracle, anew, in an environment of their own'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "mi-workbench needs Python 3.11 to 3.13; try make PYTHON=python3.12")'
@@ -36,6 +37,11 @@ lint: $(STAMP)
 gpu:
 	PYTHONPATH=.:kernels:circuits $(PYTHON) -m pytest -m gpu --gpu-required tests/gpu
 	PYTHONPATH=.:kernels:circuits $(PYTHON) -m workbench_kernels.bench --json kernels/results.json
+
+tracr:
+	$(PYTHON) -m venv .venv-tracr
+	.venv-tracr/bin/python -m pip install --quiet --disable-pip-version-check 'tracr-pypi==1.0.0' 'jax<0.6'
+	JAX_PLATFORMS=cpu .venv-tracr/bin/python tests/oracle/tracr_compile.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

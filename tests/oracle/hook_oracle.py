@@ -64,7 +64,12 @@ class Anatomy:
 
 
 def anatomy(module: Any) -> Anatomy:
-    """Find the parts of a GPT-2, GPT-NeoX or Llama-like (Llama, Mistral, Qwen2, Qwen3) causal language model."""
+    """Find the parts of a GPT-2, GPT-NeoX or Llama-like (Llama, Mistral, Qwen2, Qwen3) causal language model.
+
+    A module of another kind says for itself: it has a method ``anatomy``.
+    """
+    if hasattr(module, "anatomy"):
+        return module.anatomy()
     config = module.config
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
