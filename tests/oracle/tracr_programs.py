@@ -199,7 +199,7 @@ def run_program(program: str, words: list[str]) -> list[Any]:
     return [sum(w == "x" for w in words[: i + 1]) / (i + 1) for i in range(len(words))]
 
 
-def tracr_pairs(module: TracrModule, n: int = 24, seed: int = 0) -> dict[str, Tensor]:
+def tracr_pairs(module: TracrModule, n: int = 15, seed: int = 0) -> dict[str, Tensor]:
     """Pairs of random prompts; each is read at every position that holds a word in the clean prompt.
 
     Clean prompts have five words down to three, corrupted ones one to five; in ``slots`` the corrupted ones also stand
