@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from workbench.analyzers.attention_sinks import run as attention_sinks
     from workbench.analyzers.head_patterns import run as head_patterns
     from workbench.models import Model, load_model, wrap_model
+    from workbench.patching import EdgeEffects, compare, edge_effects
     from workbench.prompts import PromptPairs
     from workbench.tables import HeadTable
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "EdgeEffects": "workbench.patching:EdgeEffects",
+    "compare": "workbench.patching:compare",
+    "edge_effects": "workbench.patching:edge_effects",
     "HeadTable": "workbench.tables:HeadTable",
     "Model": "workbench.models:Model",
     "PromptPairs": "workbench.prompts:PromptPairs",
@@ -38,6 +42,9 @@ __all__ = [  # noqa: RUF022
     "HeadTable",
     "attention_sinks",
     "head_patterns",
+    "edge_effects",
+    "EdgeEffects",
+    "compare",
 ]
 
 

@@ -8,14 +8,16 @@ reads the final stream there.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from workbench.models.weights import ModelWeights, rotate
-from workbench.patching.graph import Edges, Receiver, Sender
+from workbench.patching.graph import Edges, Kind, Receiver, Sender
 from workbench.patching.runs import Runs
 from workbench.patching.window import attend_window
 
@@ -47,7 +49,7 @@ def edges_per_batch(runs: Runs, budget_bytes: int) -> int:
 
 
 @torch.no_grad()
-def exact_effects(runs: Runs, edges: Edges, *, budget_bytes: int) -> Iterator[tuple[slice | Tensor, Tensor]]:
+def exact_effects(runs: Runs, edges: Edges, *, budget_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Effects of edges, batch by batch.
 
     Args:
@@ -67,36 +69,50 @@ def exact_effects(runs: Runs, edges: Edges, *, budget_bytes: int) -> Iterator[tu
         joins: dict[Stage, list[int]] = defaultdict(list)
         for index in batch:
             joins[stages[index]].append(index)
-        found, values = _walk(
-            runs,
-            {
-                at: [(i, senders[edges.sender[i]], receivers[edges.receiver[i]]) for i in joined]
-                for at, joined in joins.items()
-            },
-        )
-        yield torch.tensor(found), values - runs.base_value
+        found: list[int] = []
+        streams: dict[Stage, Callable[[], list[Tensor]]] = {}
+        for at, joined in joins.items():
+            found.extend(joined)
+            part = [(senders[edges.sender[i]], receivers[edges.receiver[i]]) for i in joined]
+            streams[at] = partial(_patched_streams, runs, at, part)
+        yield torch.tensor(found), walk(runs, streams) - runs.base_value
 
 
-def _walk(
-    runs: Runs, joins: dict[Stage, list[tuple[int, Sender, Receiver]]]
-) -> tuple[list[int], Float[Tensor, "edges n"]]:
-    """Walk one batch of edges to the metric; returns the order in which they came out."""
+def base_stream(runs: Runs, at: Stage) -> Float[Tensor, "n q d_model"]:
+    """The base run's stream at a stage; from the last layer's attention on only the answer position."""
+    layer, part = at
+    last = runs.weights.spec.n_layers - 1
+    if layer > last or (layer == last and part == 1):
+        return runs.final[:, None]
+    if part == 1:
+        return runs.resid_pre[layer + 1]
+    return runs.window.at_answer(runs.resid_mid[layer]) if layer == last else runs.resid_mid[layer]
+
+
+def walk(
+    runs: Runs, joins: Mapping[Stage, Callable[[], list[Float[Tensor, "edges n q d_model"]]]]
+) -> Float[Tensor, "edges n"]:
+    """Take patched streams through the rest of the model to the metric.
+
+    Args:
+        runs: caches of the prompts.
+        joins: for each stage, in ascending order, what makes the streams that join there; called when the walk arrives.
+
+    Returns:
+        The metric of every stream, in the order in which they joined.
+    """
     weights, window, spec = runs.weights, runs.window, runs.weights.spec
     last = spec.n_layers - 1
-    found: list[int] = []
     stream: Tensor | None = None
 
-    def join(stream: Tensor | None, at: Stage, base: Tensor) -> Tensor | None:
+    def join(stream: Tensor | None, at: Stage) -> Tensor | None:
         if at not in joins:
             return stream
-        found.extend(index for index, _, _ in joins[at])
-        parts = [base + written for written in _written(runs, joins[at])]
-        return torch.cat(parts if stream is None else [stream, *parts])
+        return torch.cat(([] if stream is None else [stream]) + joins[at]())
 
     for index in range(min(layer for layer, _ in joins), spec.n_layers):
         layer = weights.layers[index]
         at_answer = index == last
-        mid_base = window.at_answer(runs.resid_mid[index]) if at_answer else runs.resid_mid[index]
         mid = None if stream is None else _attention(runs, index, stream, at_answer)
         if spec.parallel:
             if mid is not None and layer.mlp is not None:
@@ -104,19 +120,13 @@ def _walk(
                 mid += layer.mlp(layer.ln2(window.at_answer(stream) if at_answer else stream))
             stream = mid
         else:
-            stream = join(mid, (index, 0), mid_base)
+            stream = join(mid, (index, 0))
             if stream is not None and layer.mlp is not None:
                 stream = stream + layer.mlp(layer.ln2(stream))
-        post_base = runs.final[:, None] if at_answer else runs.resid_pre[index + 1]
-        stream = join(stream, (index, 1), post_base)
-    final = None if stream is None else stream.squeeze(-2)
-    if (spec.n_layers, 2) in joins:
-        here = joins[spec.n_layers, 2]
-        found.extend(index for index, _, _ in here)
-        written = window.at_answer(runs.writes([sender for _, sender, _ in here])).squeeze(-2)
-        final = runs.final + written if final is None else torch.cat((final, runs.final + written))
-    assert final is not None
-    return found, runs.metric.read(final)
+        stream = join(stream, (index, 1))
+    stream = join(stream, (spec.n_layers, 2))
+    assert stream is not None
+    return runs.metric.read(stream.squeeze(-2))
 
 
 def _attention(runs: Runs, index: int, stream: Tensor, at_answer: bool) -> Float[Tensor, "edges n q d_model"]:
@@ -147,24 +157,28 @@ def _attention(runs: Runs, index: int, stream: Tensor, at_answer: bool) -> Float
     return stream + layer.out(z.flatten(-2))
 
 
-def _written(runs: Runs, joined: Sequence[tuple[int, Sender, Receiver]]) -> Iterator[Tensor]:
-    """What the receivers of one stage write more than in the base run, kind by kind, in the order of `joined`."""
-    first = 0
-    while first < len(joined):
-        kind, layer = joined[first][2].kind, joined[first][2].layer
-        stop = first
-        while stop < len(joined) and joined[stop][2].kind == kind:
-            stop += 1
-        part = joined[first:stop]
-        deltas = runs.writes([sender for _, sender, _ in part])
-        heads = [receiver.head for _, _, receiver in part]
-        if kind == "mlp":
-            yield _mlp_written(runs, layer, deltas)
-        elif kind == "q":
-            yield _query_written(runs, layer, heads, deltas)
-        else:
-            yield _key_value_written(runs, layer, kind, heads, deltas)
-        first = stop
+def _patched_streams(runs: Runs, at: Stage, joined: Sequence[tuple[Sender, Receiver]]) -> list[Tensor]:
+    """The stream after each edge's receiver has written, receivers of one kind at a time, in the order of `joined`."""
+    base, parts = base_stream(runs, at), []
+    for kind, members in groupby(joined, key=lambda edge: edge[1].kind):
+        edges = list(members)
+        parts.append(base + written(runs, kind, edges[0][1].layer, edges))
+    return parts
+
+
+def written(
+    runs: Runs, kind: Kind, layer: int, edges: Sequence[tuple[Sender, Receiver]]
+) -> Float[Tensor, "edges n q d_model"]:
+    """What receivers of one kind and layer write more than in the base run; for `logits`, what they read more."""
+    deltas = runs.writes([sender for sender, _ in edges])
+    heads = [receiver.head for _, receiver in edges]
+    if kind == "logits":
+        return runs.window.at_answer(deltas)
+    if kind == "mlp":
+        return _mlp_written(runs, layer, deltas)
+    if kind == "q":
+        return _query_written(runs, layer, heads, deltas)
+    return _key_value_written(runs, layer, kind, heads, deltas)
 
 
 def _mlp_written(runs: Runs, index: int, deltas: Tensor) -> Float[Tensor, "edges n q d_model"]:

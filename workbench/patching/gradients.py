@@ -97,7 +97,7 @@ def receiver_gradients(
     if kind == "mlp":
         return at.mlp_in[index].unsqueeze(-2)
     raw = {"q": at.q, "k": at.k, "v": at.v}[kind][index]
-    n, width, heads, d_head = raw.shape
+    n, width = raw.shape[:2]
     rows = folded(layer.ln1, layer.qkv.weights["qkv".index(kind)])
     raw = raw.flatten(0, 1).transpose(0, 1)
     if layer.ln1.kind == "none":

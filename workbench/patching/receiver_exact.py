@@ -305,7 +305,7 @@ def _mlp(runs: Runs, at: Gradients, group: Group, deltas: Tensor) -> Float[Tenso
     """The MLP's output map is contracted with the gradient once; only its hidden layer is recomputed."""
     layer = runs.weights.layers[group.layer]
     assert layer.mlp is not None
-    n, width, n_senders, d_model = deltas.shape
+    n, width, n_senders, _ = deltas.shape
     x, gradient = runs.resid_mid[group.layer].flatten(0, 1), at.mlp_out[group.layer].flatten(0, 1)
     worth = gradient @ layer.mlp.w_out.matrix.mT
     live = (gradient != 0).any(-1).nonzero().squeeze(-1)

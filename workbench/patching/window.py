@@ -120,9 +120,14 @@ def attend_window(
     edges, n, n_q = q.shape[:3]
     if window.prefix == 0 and edges * n * n_q > 0:
         mask = window.mask(at_answer, q.dtype).expand(edges, n, -1, -1).flatten(0, 1)[:, None]
-        folded = [x.flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
+        folded_q, folded_k, folded_v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
         z = F.scaled_dot_product_attention(
-            *folded, attn_mask=mask, scale=spec.attn_scale, enable_gqa=spec.group_size > 1
+            folded_q,
+            folded_k,
+            folded_v,
+            attn_mask=mask,
+            scale=spec.attn_scale,
+            enable_gqa=spec.group_size > 1,
         )
         return z.transpose(1, 2).unflatten(0, (edges, n))
     dtype = at_least_float32(q.dtype)
