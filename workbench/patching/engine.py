@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -226,8 +225,13 @@ def _batches(
 
     def needed(members: list[int]) -> int:
         part = torch.tensor(members)
-        window = Window.of(pairs.first_difference[part], pairs.answer_positions[part], causal=weights.spec.causal)
         length = int(pairs.answer_positions[part].max()) + 1
+        window = Window.of(
+            pairs.first_difference[part],
+            pairs.answer_positions[part],
+            length=pairs.clean.shape[1],
+            causal=weights.spec.causal,
+        )
         base = run_bytes(weights, len(part), window.width, length)
         if not sweeping:
             return base
