@@ -28,7 +28,6 @@ from workbench.patching.runs import Direction, Runs, make_runs, run_bytes
 from workbench.patching.verified import calibrate, select
 from workbench.patching.window import Window
 from workbench.prompts import PromptPairs
-from workbench.tables import provenance
 
 Method = Literal["exact", "receiver_exact", "eap", "eap_ig", "verified"]
 Progress = Callable[[str], None]
@@ -102,6 +101,8 @@ def edge_effects(
     settings = Settings(
         method=method, direction=direction, metric=metric, steps=steps, budget_bytes=budget_bytes, seed=seed
     )
+    from workbench.tables import provenance
+
     _check(settings, ablation)
     pairs.check_vocabulary(weights.spec.d_vocab)
     chosen = _choose(Graph(weights.spec), edges)
