@@ -6,7 +6,7 @@ from typing import Any
 from workbench.errors import PromptError
 from workbench_circuits.tasks.base import Task, one_of
 
-__all__ = ["TASKS", "Task", "load_task"]
+__all__ = ["TASKS", "Task", "load_task", "one_of"]
 
 TASKS = {
     "ioi": "workbench_circuits.tasks.ioi:IndirectObject",
