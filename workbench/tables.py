@@ -202,8 +202,8 @@ class HeadTable:
         frame = self._heads(metric, where)
         layers, heads = frame["layer"].to_numpy(int), frame["head"].to_numpy(int)
         shape = (self._extent("n_layers") or layers.max() + 1, self._extent("n_heads") or heads.max() + 1)
-        if layers.max() >= shape[0] or heads.max() >= shape[1]:
-            raise DataError(f"metric {metric!r} has rows outside the {shape[0]} x {shape[1]} heads of the provenance")
+        if min(layers.min(), heads.min()) < 0 or layers.max() >= shape[0] or heads.max() >= shape[1]:
+            raise DataError(f"metric {metric!r} has rows outside the {shape[0]} x {shape[1]} heads of the model")
         values = np.full(shape, np.nan)
         values[layers, heads] = frame["value"].to_numpy()
         return values
