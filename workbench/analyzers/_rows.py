@@ -1,0 +1,51 @@
+"""Tidy rows out of arrays of estimates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from workbench.stats import Estimates
+
+_ESTIMATED = ("value", "stderr", "ci_low", "ci_high")
+
+
+def rows(estimates: Estimates, **constants: Any) -> pd.DataFrame:
+    """One row a number.
+
+    Args:
+        estimates: of shape `[n_layers, n_heads]` (heads) or `[]` (the model as a whole).
+        constants: the other columns of the tidy schema.
+    """
+    import pandas as pd
+
+    from workbench.tables import COLUMNS
+
+    shape = estimates.value.shape
+    layer, head = np.indices(shape).reshape(2, -1) if shape else ([pd.NA], [pd.NA])
+    numbers = {name: getattr(estimates, name).reshape(-1) for name in _ESTIMATED}
+    frame = pd.DataFrame({"layer": layer, "head": head, **numbers, "n": estimates.n})
+    for name, value in constants.items():
+        frame[name] = pd.NA if value is None else value
+    return frame[list(COLUMNS)].astype(dict.fromkeys(("layer", "head", "position", "n"), "Int64"))
+
+
+def share_estimates(hits: Float[Tensor, "n *shape"]) -> Estimates:
+    """Share of samples with a hit, with its Wilson interval, which has a width at shares of 0 and 1 too.
+
+    Args:
+        hits: 1 or 0.
+    """
+    from workbench.stats import Estimates, proportion
+
+    n = len(hits)
+    counts = hits.sum(0).round().long().numpy()
+    by_count = [proportion(count, n) for count in range(n + 1)]
+    numbers = {name: np.array([getattr(each, name) for each in by_count])[counts] for name in _ESTIMATED}
+    return Estimates(**numbers, n=n)
