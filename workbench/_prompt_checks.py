@@ -47,29 +47,36 @@ def check_tokens(clean: Tensor, corrupted: Tensor, lengths: Tensor, answer_posit
 
 def check_answers(n: int, answers: Tensor, wrong_answers: Tensor, candidates: Tensor) -> None:
     """Sets of answers `[n, k]`, disjoint from the wrong ones, and both among the candidates."""
-    for name, ids in (("answers", answers), ("wrong_answers", wrong_answers), ("candidates", candidates)):
-        if ids.ndim != 2:
-            raise PromptError(f"{name} must be [n] ids or [n, k] sets of ids, got shape {list(ids.shape)}")
-        if len(ids) != n:
-            raise PromptError(f"{name} has {len(ids)} rows for {n} prompts: give one for each prompt")
-        for row, members in enumerate(ids.tolist()):
-            present = [member for member in members if member != ABSENT]
-            if not present or min(present) < 0:
-                raise PromptError(f"{name}[{row}] is {members}: give at least one token id, none negative")
-            if len(set(present)) < len(present):
-                raise PromptError(f"{name}[{row}] is {members}: a set names each token once; drop the repeated one")
-    for row in range(n):
-        right, wrong, among = (set(ids[row].tolist()) - {ABSENT} for ids in (answers, wrong_answers, candidates))
+    _check_set(n, "answers", answers)
+    _check_set(n, "wrong_answers", wrong_answers)
+    members = [[set(row) - {ABSENT} for row in ids.tolist()] for ids in (answers, wrong_answers)]
+    for row, (right, wrong) in enumerate(zip(*members, strict=True)):
         if right & wrong:
             raise PromptError(
                 f"prompt {row}: token {min(right & wrong)} is in answers and in wrong_answers: the metric would be "
                 "zero by construction; choose another wrong answer"
             )
+    _check_set(n, "candidates", candidates)
+    members.append([set(row) - {ABSENT} for row in candidates.tolist()])
+    for row, (right, wrong, among) in enumerate(zip(*members, strict=True)):
         if not right | wrong <= among:
             raise PromptError(
                 f"candidates[{row}] is {sorted(among)} and lacks {sorted((right | wrong) - among)}: candidates must "
                 "include the answers and the wrong answers"
             )
+
+
+def _check_set(n: int, name: str, ids: Tensor) -> None:
+    if ids.ndim != 2:
+        raise PromptError(f"{name} must be [n] ids or [n, k] sets of ids, got shape {list(ids.shape)}")
+    if len(ids) != n:
+        raise PromptError(f"{name} has {len(ids)} rows for {n} prompts: give one for each prompt")
+    for row, members in enumerate(ids.tolist()):
+        present = [member for member in members if member != ABSENT]
+        if not present or min(present) < 0:
+            raise PromptError(f"{name}[{row}] is {members}: give at least one token id, none negative")
+        if len(set(present)) < len(present):
+            raise PromptError(f"{name}[{row}] is {members}: a set names each token once; drop the repeated one")
 
 
 def check_spans(spans: Mapping[str, Tensor], lengths: Tensor) -> None:

@@ -175,10 +175,11 @@ def word_ids(model: TextModel, name: str, words: Sequence[str] | Sequence[Sequen
 def _not_single(model: TextModel, where: str, word: str) -> str:
     ids, lengths = model.to_tokens([word], bos=False)
     split = model.to_str_tokens(ids[0, : int(lengths[0])])
-    respaced = word.lstrip() if word.startswith(" ") else f" {word}"
+    respaced = f" {word.strip()}" if word.strip() != word[1:] else word.strip()
     hint = f"; {respaced!r} would be one" if respaced and model.single_token(respaced) is not None else ""
+    what = f"{len(split)} tokens {split}" if len(split) > 1 else f"unknown to this tokenizer (it reads {split[0]!r})"
     return (
-        f"{where} is {word!r}, which is {len(split)} tokens {split}, and an answer must be a single token{hint}: "
+        f"{where} is {word!r}, which is {what}, and an answer must be a single token{hint}: "
         "choose another word, or give ids to from_tokens"
     )
 

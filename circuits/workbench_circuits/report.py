@@ -78,7 +78,7 @@ def competence_figure(results: Sequence[tuple[str, Competence]]) -> Any:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    from workbench.plots.style import INK, SERIES, dress
+    from workbench.plots.style import INK, MISSING, SEQUENTIAL, SERIES, dress
 
     figure = make_subplots(
         rows=1,
@@ -90,10 +90,10 @@ def competence_figure(results: Sequence[tuple[str, Competence]]) -> Any:
     firsts = dict(reversed(results))
     by_task = {title: firsts[title] for title in dict.fromkeys(title for title, _ in results)}
     labels = {title: f"{title}<br>n = {result.n}" for title, result in by_task.items()}
-    shares = (("among the candidates", "accuracy", SERIES[0], ""), ("in the whole vocabulary", "top1", SERIES[3], "/"))
-    for name, field, colour, pattern in shares:
+    shares = (("among the candidates", "accuracy", SERIES[3]), ("in the whole vocabulary", "top1", SEQUENTIAL[1][1]))
+    for name, field, colour in shares:
         estimates = [getattr(result, field) for result in by_task.values()]
-        figure.add_trace(_bars(go, name, list(labels.values()), estimates, colour, pattern, "share"), row=1, col=1)
+        figure.add_trace(_bars(go, name, list(labels.values()), estimates, colour, "share"), row=1, col=1)
     for place, result in enumerate(by_task.values()):
         figure.add_shape(
             type="line",
@@ -108,29 +108,32 @@ def competence_figure(results: Sequence[tuple[str, Competence]]) -> Any:
             col=1,
         )
     versions = [f"{title}<br>{result.corruption}" for title, result in results]
-    for name, field, colour, pattern in (
-        ("clean prompts", "metric_clean", SERIES[1], ""),
-        ("corrupted prompts", "metric_corrupted", SERIES[2], "x"),
+    for name, field, colour in (
+        ("clean prompts", "metric_clean", SERIES[1]),
+        ("corrupted prompts", "metric_corrupted", MISSING),
     ):
         estimates = [getattr(result, field) for _, result in results]
-        figure.add_trace(_bars(go, name, versions, estimates, colour, pattern, "logits"), row=1, col=2)
-    dress(figure, height=380, top=40)
+        bars = _bars(go, name, versions, estimates, colour, "logits")
+        figure.add_trace(bars.update(legend="legend2"), row=1, col=2)
+    dress(figure, height=400, top=40)
     figure.update_layout(
         barmode="group",
         bargap=0.3,
         showlegend=True,
-        legend={"orientation": "h", "y": -0.24, "x": 0, "xanchor": "left"},
-        margin_b=110,
+        legend={"y": -0.17, "yanchor": "top", "x": 0, "xanchor": "left"},
+        legend2={"y": -0.17, "yanchor": "top", "x": 0.5, "xanchor": "left"},
+        margin_b=125,
     )
+    figure.update_annotations(font_size=13)
     figure.update_yaxes(range=[0, 1.08], tickformat=".0%", row=1, col=1)
     figure.update_yaxes(title_text="logits", row=1, col=2)
     figure.add_hline(y=0, line_color=INK, line_width=1, row=1, col=2)
     return figure
 
 
-def _bars(
-    go: Any, name: str, labels: Sequence[str], estimates: Sequence[Any], colour: str, pattern: str, unit: str
-) -> Any:
+def _bars(go: Any, name: str, labels: Sequence[str], estimates: Sequence[Any], colour: str, unit: str) -> Any:
+    from workbench.plots.style import INK
+
     form = ".1%" if unit == "share" else ".2f"
     return go.Bar(
         name=name,
@@ -141,11 +144,12 @@ def _bars(
             "symmetric": False,
             "array": [each.ci_high - each.value for each in estimates],
             "arrayminus": [each.value - each.ci_low for each in estimates],
+            "color": INK,
             "thickness": 1.5,
             "width": 5,
         },
         customdata=[(each.ci_low, each.ci_high) for each in estimates],
-        marker={"color": colour, "pattern": {"shape": pattern, "fgcolor": "#ffffff", "size": 6}},
+        marker={"color": colour, "line": {"color": INK, "width": 0.5}},
         hovertemplate=f"{name}: %{{y:{form}}} [%{{customdata[0]:{form}}}, %{{customdata[1]:{form}}}]<extra></extra>",
     )
 
