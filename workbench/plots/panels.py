@@ -28,24 +28,26 @@ class Panel:
         metric: the metric's name as in the table.
         unit: the metric's unit, "" if it has none.
         frame: rows of the tidy table, one a head, sorted by layer and head.
+        shape: layers of the model and heads of a layer.
     """
 
     label: str
     metric: str
     unit: str
     frame: pd.DataFrame
+    shape: tuple[int, int]
 
     def matrix(self) -> np.ndarray:
-        """Values as [layers, heads], counted from layer 0 and head 0; NaN where the table has no row."""
+        """Values as [layers, heads]; NaN where the table has no row."""
         layers = self.frame["layer"].to_numpy(dtype=int)
         heads = self.frame["head"].to_numpy(dtype=int)
-        values = np.full((layers.max() + 1, heads.max() + 1), np.nan)
+        values = np.full(self.shape, np.nan)
         values[layers, heads] = self.frame["value"].to_numpy(dtype=float, na_value=np.nan)
         return values
 
     def hover(self) -> np.ndarray:
         """What is shown for each head under the pointer, as [layers, heads] of escaped text."""
-        texts = np.full(self.matrix().shape, "", dtype=object)
+        texts = np.full(self.shape, "", dtype=object)
         for row in self.frame.to_dict("records"):
             texts[int(row["layer"]), int(row["head"])] = hover_text(row, self.label)
         return texts
@@ -65,44 +67,21 @@ def hover_text(row: dict[Any, Any], label: str) -> str:
     return "<br>".join(lines)
 
 
-def select(table: HeadTable, metric: str | Sequence[str] | None = None, **where: Any) -> pd.DataFrame:
-    """Rows of a table.
-
-    Args:
-        table: the table.
-        metric: only this metric, or these.
-        where: only rows with these values, column by column; a list admits several.
-
-    Raises:
-        DataError: if nothing is left, or a column does not exist.
-    """
-    frame = table.frame
-    wanted = {**({} if metric is None else {"metric": metric}), **where}
-    for column, value in wanted.items():
-        if column not in frame.columns:
-            raise DataError(f"cannot select by {column!r}: the table has the columns {', '.join(frame.columns)}")
-        allowed = list(value) if isinstance(value, (list, tuple, set)) else [value]
-        kept = frame[column].isin(allowed)
-        if not kept.any():
-            there = ", ".join(repr(each) for each in sorted(frame[column].dropna().unique().tolist(), key=str))
-            raise DataError(f"no row of the table has {column} = {value!r}; there are {there or 'none at all'}")
-        frame = frame[kept]
-    return frame
-
-
 def head_panels(table: HeadTable, metrics: str | Sequence[str] | None = None, **where: Any) -> tuple[Panel, ...]:
     """Split the head-level rows of a table into panels of one number a head.
 
     Args:
         table: the table.
         metrics: the metrics, in the order wanted; all if None.
-        where: as for `select`.
+        where: as for `HeadTable.select`.
 
     Raises:
         DataError: if there are no such rows, or a head has two numbers that nothing in the table tells apart.
     """
     names = [metrics] if isinstance(metrics, str) else list(metrics or [])
-    frame = select(table, names or None, **where)
+    frame = table.select(**where)
+    if names:
+        frame = frame[frame.index.isin([index for name in names for index in table.select(name, **where).index])]
     frame = frame[frame["layer"].notna() & frame["head"].notna()]
     if frame.empty:
         raise DataError(
@@ -112,6 +91,10 @@ def head_panels(table: HeadTable, metrics: str | Sequence[str] | None = None, **
     columns = [column for column in _TELLS_APART if column in frame.columns]
     keys = frame[columns].astype(object).where(frame[columns].notna(), "")
     varying = [column for column in columns if keys[column].nunique() > 1 and column != "unit"]
+    shape = (
+        max(int(table.provenance.get("n_layers") or 0), int(frame["layer"].max()) + 1),
+        max(int(table.provenance.get("n_heads") or 0), int(frame["head"].max()) + 1),
+    )
     groups: dict[tuple[Any, ...], Panel] = {}
     for key, rows in frame.groupby([keys[column] for column in columns], sort=False):
         values = dict(zip(columns, key if isinstance(key, tuple) else (key,), strict=True))
@@ -129,6 +112,7 @@ def head_panels(table: HeadTable, metrics: str | Sequence[str] | None = None, **
             metric=str(values["metric"]),
             unit=str(values.get("unit", "")),
             frame=rows.sort_values(["layer", "head"], kind="stable").reset_index(drop=True),
+            shape=shape,
         )
     panels = list(groups.values())
     if names:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from workbench.errors import DataError
 from workbench.plots.labels import head_name, interval, is_missing, number, percent
-from workbench.plots.panels import head_panels, hover_text, select
+from workbench.plots.panels import head_panels, hover_text
 from workbench.plots.style import MUTED, SEQUENTIAL, SERIES, SYMBOLS, dress
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def rates(table: HeadTable, metric: str, *, title: str | None = None, **where: A
     """
     import plotly.graph_objects as go
 
-    frame = select(table, metric, **where)
+    frame = table.select(metric, **where)
     frame = frame[frame["layer"].isna() & frame["head"].isna()]
     if frame.empty:
         raise DataError(f"metric {metric!r} has no row for the whole model (without layer and head) to draw")
@@ -158,7 +158,7 @@ def metric_scatter(
         table: head-level rows of both metrics.
         x: metric on the horizontal axis.
         y: metric on the vertical axis.
-        x_where: selection of the rows of `x`, as for `select`.
+        x_where: selection of the rows of `x`, as for `HeadTable.select`.
         y_where: selection of the rows of `y`.
         label: how many heads farthest from the middle, in standard deviations, are named.
         title: title above the panel, plain text.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import DataError, OutputError
-from workbench.report.heads import columns_of
+from workbench.report.heads import columns_of, main_rows
 from workbench.report.html import Page
 from workbench.report.output import describe_file, prepare, refused, write_atomic
 from workbench.report.run import MakeSection, Outcome, installed_sections, run_sections
@@ -158,7 +158,8 @@ def _write_results(
         (folder / name).unlink(missing_ok=True)
     if tables:
         whole = HeadTable.concat(tables)
-        columns = columns_of(whole)
+        shown = [table for outcome in outcomes if outcome.section for table in main_rows(outcome.section)]
+        columns = columns_of(HeadTable.concat(shown))
         write_atomic(folder / "heads.csv", whole.frame.to_csv(index=False))
         write_atomic(folder / "heads.parquet", whole.frame.to_parquet(index=False))
         written += [folder / "heads.csv", folder / "heads.parquet"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 if TYPE_CHECKING:
+    from workbench.report.section import Section
     from workbench.tables import HeadTable
 
 _QUALIFIERS = ("input", "position", "method")
@@ -28,6 +29,21 @@ class Column:
     rows: pd.DataFrame
 
 
+def main_rows(section: Section) -> list[HeadTable]:
+    """The tables of a section with the rows that it wants in the table of heads.
+
+    Raises:
+        DataError: if one of its selections fits no row.
+    """
+    if not section.main:
+        return list(section.tables)
+    tables = []
+    for table in section.tables:
+        kept = [index for where in section.main for index in table.select(**where).index]
+        tables.append(replace(table, frame=table.frame[table.frame.index.isin(kept)]))
+    return tables
+
+
 def columns_of(table: HeadTable) -> tuple[Column, ...]:
     """Every number that the table has for single heads, as columns.
 
@@ -38,7 +54,7 @@ def columns_of(table: HeadTable) -> tuple[Column, ...]:
         table: tidy rows of any analyses; those without a head are left out.
     """
     frame = table.frame[table.frame["layer"].notna() & table.frame["head"].notna()]
-    homes = frame.groupby("metric")["analysis"].nunique()
+    homes = frame.groupby("metric")["analysis"].nunique().to_dict()
     columns = []
     for (analysis, metric), rows in frame.groupby(["analysis", "metric"], sort=False):
         keys = rows[list(_QUALIFIERS)].astype(object).where(rows[list(_QUALIFIERS)].notna(), "")

@@ -19,7 +19,8 @@ def heads_table(columns: tuple[Column, ...]) -> str:
     names = ["head", *(column.label for column in columns)]
     buttons = "".join(
         f'<th scope="col" aria-sort="{"ascending" if place == 0 else "none"}">'
-        f'<button type="button" data-column="{place}">{escape(name)}</button><span class="print-only">{escape(name)}</span>'
+        f'<button type="button" data-column="{place}">{escape(name)}</button>'
+        f'<span class="print-only">{escape(name)}</span>'
         + (f'<span class="unit">{escape(columns[place - 1].unit)}</span>' if place else "")
         + "</th>"
         for place, name in enumerate(names)

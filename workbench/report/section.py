@@ -6,8 +6,8 @@ some, by an entry point of the group `workbench.report_sections` that names the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import DataError
@@ -55,6 +55,8 @@ class Section:
         tables: the tidy results; they go into `heads.csv` and `heads.parquet`.
         html_tables: small tables to be printed; a caption is read from `frame.attrs["caption"]`.
         warnings: what the reader has to know before trusting the numbers.
+        main: which rows of `tables` the table of heads shows as columns: selections as for `HeadTable.select`, of
+            which a row must fit one; empty shows all. The files always hold all rows.
     """
 
     name: str
@@ -65,8 +67,9 @@ class Section:
     limits: str
     figures: tuple[Any, ...] = ()
     tables: tuple[HeadTable, ...] = ()
-    html_tables: tuple[pd.DataFrame, ...] = field(default=())
+    html_tables: tuple[pd.DataFrame, ...] = ()
     warnings: tuple[str, ...] = ()
+    main: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         for attribute in ("name", "title", "sentence", "method", "limits"):

@@ -85,7 +85,7 @@ def test_plot_chooses_by_what_the_table_holds():
     ("call", "message"),
     [
         (lambda t: plot(t, kind="pie"), "unknown kind of figure 'pie'"),
-        (lambda t: plot(t, "nope"), "no row of the table has metric = "),
+        (lambda t: plot(t, "nope"), "no row has metric = "),
         (lambda t: plot(t, kind="scatter"), "a scatter needs two metrics"),
         (lambda t: head_heatmap(t, colour="red"), "cannot select by 'colour'"),
         (lambda t: rates(t, "score"), "has no row for the whole model"),

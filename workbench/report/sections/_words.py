@@ -15,10 +15,7 @@ from workbench.plots.ranking import strongest
 
 def enumerate_heads(frame: pd.DataFrame) -> str:
     """`a3.h1 0.930 [0.910, 0.950], a2.h0 ...`: the heads of some tidy rows, in their order."""
-    return ", ".join(
-        f"{head_name(row['layer'], row['head'])} {number(row['value'])} {interval(row['ci_low'], row['ci_high'])}".strip()
-        for row in frame.to_dict("records")
-    )
+    return ", ".join(_words(row) for row in frame.to_dict("records"))
 
 
 def strongest_table(panels: Iterable[Panel], k: int, caption: str) -> pd.DataFrame:
@@ -26,12 +23,14 @@ def strongest_table(panels: Iterable[Panel], k: int, caption: str) -> pd.DataFra
     columns: dict[str, Any] = {}
     for panel in panels:
         rows = strongest(panel.frame, k).to_dict("records")
-        columns[unescape(panel.label)] = [
-            f"{head_name(row['layer'], row['head'])}  {number(row['value'])} {interval(row['ci_low'], row['ci_high'])}"
-            for row in rows
-        ]
+        columns[unescape(panel.label)] = [_words(row) for row in rows]
     longest = max((len(column) for column in columns.values()), default=0)
     padded = {name: column + [""] * (longest - len(column)) for name, column in columns.items()}
     frame = pd.DataFrame({"rank": [str(place + 1) for place in range(longest)], **padded})
     frame.attrs["caption"] = caption
     return frame
+
+
+def _words(row: dict[Any, Any]) -> str:
+    name = head_name(row["layer"], row["head"])
+    return f"{name} {number(row['value'])} {interval(row['ci_low'], row['ci_high'])}".strip()
