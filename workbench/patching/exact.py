@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.models.weights import ModelWeights, rotate
+from workbench.patching.answer import attend_at_answer
 from workbench.patching.graph import Edges, Kind, Receiver, Sender
 from workbench.patching.runs import Runs
 from workbench.patching.window import attend_window
@@ -122,7 +123,7 @@ def walk(
         else:
             stream = join(mid, (index, 0))
             if stream is not None and layer.mlp is not None:
-                stream = stream + layer.mlp(layer.ln2(stream))
+                stream = layer.mlp(layer.ln2(stream)).add_(stream)
         stream = join(stream, (index, 1))
     stream = join(stream, (spec.n_layers, 2))
     assert stream is not None
@@ -133,16 +134,16 @@ def _attention(runs: Runs, index: int, stream: Tensor, at_answer: bool) -> Float
     """One attention block on walked streams; at the last layer only the answer position comes out."""
     weights, window = runs.weights, runs.window
     layer = weights.layers[index]
-    q, k, v = layer.qkv(layer.ln1(stream))
+    normed = layer.ln1(stream)
+    if at_answer:
+        z = attend_at_answer(runs, index, normed)
+        return window.at_answer(stream) + layer.out(z.flatten(-2)).unsqueeze(-2)
+    q, k, v = layer.qkv(normed)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = layer.q_norm(q), layer.k_norm(k)
     if weights.rotary is not None:
         table = window.rotary(weights.rotary, stream.dtype)
         q, k = rotate(q, table), rotate(k, table)
-    if at_answer:
-        rows = torch.arange(q.shape[1], device=q.device)
-        q = q[:, rows, window.answer_index][:, :, None]
-        stream = window.at_answer(stream)
     prefix = window.prefix
     z = attend_window(
         weights.spec,
@@ -152,9 +153,8 @@ def _attention(runs: Runs, index: int, stream: Tensor, at_answer: bool) -> Float
         v,
         runs.keys[index][:, :prefix],
         runs.values[index][:, :prefix],
-        at_answer=at_answer,
     )
-    return stream + layer.out(z.flatten(-2))
+    return layer.out(z.flatten(-2)).add_(stream)
 
 
 def _patched_streams(runs: Runs, at: Stage, joined: Sequence[tuple[Sender, Receiver]]) -> list[Tensor]:

@@ -66,7 +66,7 @@ def run_window(
             q, k = rotate(q, table), rotate(k, table)
         prefix_k = keys[index][:, : window.prefix] if window.prefix else k[:, :0]
         prefix_v = values[index][:, : window.prefix] if window.prefix else v[:, :0]
-        z = attend_window(spec, window, q[None], k[None], v[None], prefix_k, prefix_v, at_answer=False)[0]
+        z = attend_window(spec, window, q[None], k[None], v[None], prefix_k, prefix_v)[0]
         after = x + layer.out(z.flatten(-2))
         own = x.view_as(x) if spec.parallel else after.view_as(after)
         if layer.mlp is not None:

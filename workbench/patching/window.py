@@ -110,8 +110,6 @@ def attend_window(
     v: Float[Tensor, "edges n width n_kv_heads d_head"],
     prefix_k: Float[Tensor, "n prefix n_kv_heads d_head"],
     prefix_v: Float[Tensor, "n prefix n_kv_heads d_head"],
-    *,
-    at_answer: bool,
 ) -> Float[Tensor, "edges n q n_heads d_head"]:
     """`z` of window queries over the base run's keys before the window and the edges' own keys in it.
 
@@ -119,7 +117,7 @@ def attend_window(
     """
     edges, n, n_q = q.shape[:3]
     if window.prefix == 0 and edges * n * n_q > 0:
-        mask = window.mask(at_answer, q.dtype).expand(edges, n, -1, -1).flatten(0, 1)[:, None]
+        mask = window.mask(False, q.dtype).expand(edges, n, -1, -1).flatten(0, 1)[:, None]
         folded_q, folded_k, folded_v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
         z = F.scaled_dot_product_attention(
             folded_q,
@@ -139,7 +137,7 @@ def attend_window(
     early = early.unflatten(2, (edges, n_q, spec.group_size)).permute(2, 0, 1, 3, 4, 5)
     own = own.unflatten(3, (n_q, spec.group_size))
     scores = torch.cat((early, own), dim=-1).to(dtype)
-    scores += window.mask(at_answer, dtype)[None, :, None, :, None, :]
+    scores += window.mask(False, dtype)[None, :, None, :, None, :]
     pattern = scores.softmax(dim=-1).to(v.dtype)
     first = pattern[..., : window.prefix].permute(1, 2, 0, 3, 4, 5).flatten(2, 4) @ prefix_v.transpose(1, 2)
     first = first.unflatten(2, (edges, n_q, spec.group_size)).permute(2, 0, 1, 3, 4, 5)
