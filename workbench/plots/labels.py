@@ -32,11 +32,11 @@ def percent(value: Any) -> str:
 
 
 def interval(low: Any, high: Any, *, share: bool = False) -> str:
-    """`[low, high]`, or nothing where there is no interval."""
+    """`[low, high]`, or nothing where there is no interval; a share between 0 and 1 in per cent."""
     if is_missing(low) or is_missing(high):
         return ""
     if share:
-        return f"[{100 * float(low):.1f}, {100 * float(high):.1f}] %"
+        return f"[{100 * float(low):.1f}, {100 * float(high):.1f}]"
     return f"[{number(low)}, {number(high)}]"
 
 

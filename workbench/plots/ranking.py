@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from workbench.errors import DataError
@@ -130,13 +131,14 @@ def rates(table: HeadTable, metric: str, *, title: str | None = None, **where: A
                 error_x=_error_bars(rows, scale=100),
                 mode="markers",
                 marker={"size": 10, "color": SERIES[place % 6], "symbol": SYMBOLS[place % 6]},
+                cliponaxis=False,
                 hovertext=hover,
                 hoverinfo="text",
                 name=label,
             )
         )
     dress(figure, height=110 + 40 * len(inputs), title=None if title is None else escape(title), top=32)
-    figure.update_xaxes(title=f"{escape(metric)}, %", rangemode="tozero", zeroline=True)
+    figure.update_xaxes(title=f"{escape(metric.replace('_', ' '))}, %", rangemode="tozero", zeroline=True)
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=inputs[::-1])
     figure.update_layout(showlegend=len(groups) > 1, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
     return figure
@@ -160,7 +162,8 @@ def metric_scatter(
         y: metric on the vertical axis.
         x_where: selection of the rows of `x`, as for `HeadTable.select`.
         y_where: selection of the rows of `y`.
-        label: how many heads farthest from the middle, in standard deviations, are named.
+        label: how many heads farthest from the median, in standard deviations, are named; one whose label
+            would cover another's is not.
         title: title above the panel, plain text.
 
     Returns:
@@ -187,7 +190,7 @@ def metric_scatter(
     values = frame[["value_x", "value_y"]].astype(float)
     spread = values.std(ddof=0).replace(0, 1).fillna(1)
     distance = (((values - values.median()) / spread) ** 2).sum(axis=1)
-    named = set(distance.nlargest(label).index)
+    places = _label_places(values.to_numpy(), distance.nlargest(label).index.tolist())
     names = [head_name(layer, head) for layer, head in zip(frame["layer"], frame["head"], strict=True)]
     titles = [escape(f"{side.metric} ({side.unit})" if side.unit else side.metric) for side in sides]
     figure = go.Figure(
@@ -195,8 +198,8 @@ def metric_scatter(
             x=values["value_x"].tolist(),
             y=values["value_y"].tolist(),
             mode="markers+text",
-            text=[name if place in named else "" for place, name in enumerate(names)],
-            textposition="top center",
+            text=[name if place in places else "" for place, name in enumerate(names)],
+            textposition=[places.get(place, "top center") for place in range(len(names))],
             textfont={"size": 11, "color": MUTED},
             cliponaxis=False,
             marker={
@@ -218,6 +221,24 @@ def metric_scatter(
     figure.update_xaxes(title=titles[0])
     figure.update_yaxes(title=titles[1])
     return figure
+
+
+def _label_places(points: np.ndarray, named: list[int]) -> dict[int, str]:
+    """Where the label of each named point goes: towards the middle, out of the way of labels placed before it."""
+    low, span = points.min(axis=0), np.ptp(points, axis=0)
+    unit = (points - low) / np.where(span > 0, span, 1.0)
+    rows = {"middle": 0.0, "top": 0.05, "bottom": -0.05}
+    taken: list[tuple[float, float]] = []
+    places: dict[int, str] = {}
+    for index in named:
+        x, y = unit[index]
+        side, centre = ("right", x + 0.06) if x < 0.5 else ("left", x - 0.06)
+        for row, rise in rows.items():
+            if all(abs(centre - u) > 0.1 or abs(y + rise - v) > 0.045 for u, v in taken):
+                taken.append((centre, y + rise))
+                places[index] = f"{row} {side}"
+                break
+    return places
 
 
 def _error_bars(frame: pd.DataFrame, *, scale: float = 1.0) -> dict[str, Any]:

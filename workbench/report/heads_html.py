@@ -19,8 +19,8 @@ def heads_table(columns: tuple[Column, ...]) -> str:
     names = ["head", *(column.label for column in columns)]
     buttons = "".join(
         f'<th scope="col" aria-sort="{"ascending" if place == 0 else "none"}">'
-        f'<button type="button" data-column="{place}">{escape(name)}</button>'
-        f'<span class="print-only">{escape(name)}</span>'
+        f'<button type="button" data-column="{place}">{_breakable(name)}</button>'
+        f'<span class="print-only">{_breakable(name)}</span>'
         + (f'<span class="unit">{escape(columns[place - 1].unit)}</span>' if place else "")
         + "</th>"
         for place, name in enumerate(names)
@@ -52,6 +52,11 @@ def heads_table(columns: tuple[Column, ...]) -> str:
         f'<thead><tr>{buttons}</tr><tr id="heads-filters">{filters}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>\n"
     )
+
+
+def _breakable(name: str) -> str:
+    """A name that a narrow column may break after an underscore."""
+    return escape(name).replace("_", "_<wbr>")
 
 
 def _number_cell(row: dict[Any, Any] | None) -> str:

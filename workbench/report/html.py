@@ -180,14 +180,23 @@ def _reading(files: Sequence[str]) -> str:
 
 def _provenance(provenance: Mapping[str, Any]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(_plain(value))}</td></tr>'
-        for name, value in provenance.items()
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(_plain(value))}</td></tr>'
+        for name, value in _flat(provenance)
         if name != "created"
     )
     return (
         '<section id="provenance"><h2>Provenance</h2><div class="wide"><table class="small"><tbody>'
         f"{rows}</tbody></table></div></section>\n"
     )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Names and values, those of nested mappings one by one, as `model: name`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and not prefix and name != "versions":
+            yield from _flat(value, f"{name}: ")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _plain(value: Any) -> str:

@@ -49,6 +49,7 @@ class Section:
         title: heading.
         order: sections are sorted by it, then by name.
         sentence: what the data show, computed from them; also the key finding at the top of the report.
+            A line break in it begins a new line.
         method: how the numbers came about: inputs, sample sizes, formula, source.
         limits: what the numbers do not show.
         figures: plotly figures, in the order in which they are shown.

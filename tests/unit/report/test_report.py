@@ -9,7 +9,6 @@ import sys
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from workbench.tables import HeadTable
 
 import workbench as wb
 from families import tiny_module
@@ -18,6 +17,7 @@ from workbench.errors import DataError, OutputError, WorkbenchError
 from workbench.report import ReportContext, Section
 from workbench.report.build import write_report
 from workbench.report.output import prepare, write_atomic
+from workbench.tables import HeadTable
 
 EVIL = "<script>alert('x')</script>"
 FIRST = [[0.1, 0.9], [0.7, 0.2]]

@@ -83,16 +83,17 @@ def sentence(table: HeadTable) -> str:
     """Which share of the heads is a sink for each kind of input, and which heads are the strongest."""
     frame = table.select("sink_rate")
     whole = frame[frame["layer"].isna() & frame["head"].isna()].set_index("input")
-    parts = []
+    parts: list[str] = []
     for kind, words in _KINDS.items():
         if kind in whole.index:
             row = whole.loc[kind]
             span = interval(row["ci_low"], row["ci_high"], share=True)
-            parts.append(f"{percent(row['value'])} of the heads {span} {words}".replace("  ", " "))
+            heads = "" if parts else "of the heads "
+            parts.append(f"{percent(row['value'])} {span} {heads}{words}".replace("  ", " "))
     first = next(kind for kind in _KINDS if kind in whole.index)
     panel = head_panels(table, "alpha", input=first)[0]
     return (
-        f"The first position is an attention sink for {_join(parts)}. The strongest sinks {_KINDS[first]} are "
+        f"The first position is an attention sink for {_join(parts)}.\nThe strongest sinks {_KINDS[first]} are "
         f"{enumerate_heads(strongest(panel.frame, _STRONGEST))}."
     )
 

@@ -63,7 +63,7 @@ def describe(table: HeadTable) -> Section:
 
 def sentence(table: HeadTable) -> str:
     """How many heads are marked, and which are the strongest, for each of the three patterns."""
-    return " ".join(_of_pattern(words, head_panels(table, metric)[0]) for metric, words in _KINDS.items())
+    return "\n".join(_of_pattern(words, head_panels(table, metric)[0]) for metric, words in _KINDS.items())
 
 
 def _of_pattern(words: str, panel: Panel) -> str:
