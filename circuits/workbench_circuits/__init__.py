@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workbench_circuits.competence import Competence, competence
+    from workbench_circuits._competence import Competence, competence
     from workbench_circuits.tasks import Task, load_task
 
 _HOME = {
-    "Competence": "workbench_circuits.competence:Competence",
+    "Competence": "workbench_circuits._competence:Competence",
     "Task": "workbench_circuits.tasks:Task",
-    "competence": "workbench_circuits.competence:competence",
+    "competence": "workbench_circuits._competence:competence",
     "load_task": "workbench_circuits.tasks:load_task",
 }
 

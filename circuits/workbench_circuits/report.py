@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from workbench.report.section import ReportContext, Section
-from workbench_circuits.competence import RULE, Competence, competence
+from workbench_circuits._competence import RULE, Competence, competence
 from workbench_circuits.tasks import load_task
 
 _TASKS = ("ioi", "colored_objects")

@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
         print(describe(task, loaded, n=n, seed=seed, corruptions=corruptions))
         if not measure:
             return
-        from workbench_circuits.competence import RULE, competence
+        from workbench_circuits._competence import RULE, competence
 
         for each in corruptions:
             say(f"{prompts} prompts of {name} ({each}) ...")
