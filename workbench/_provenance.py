@@ -29,7 +29,7 @@ _PACKAGES = (
     "safetensors",
     "gguf",
 )
-_ABSOLUTE = re.compile(r"""(?:(?<=^)|(?<=[\s='"(,:]))(?:~?/(?!/)|[A-Za-z]:[\\/])[^\s'"),]*""")
+_ABSOLUTE = re.compile(r"""(?:(?<=^)|(?<=[\s='"(,:]))(?:file:/+|~?/(?!/)|[A-Za-z]:[\\/])[^\s'"),]*""")
 
 
 def provenance(

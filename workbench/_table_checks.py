@@ -110,6 +110,8 @@ def _number(column: pd.Series[Any], *, whole: bool) -> pd.Series[Any]:
             raise TypeError(f"it holds {odd[0]!r}")
     elif not pd.api.types.is_numeric_dtype(column) and not column.isna().all():
         raise TypeError(f"it holds {column.dtype}")
+    if whole and column.dtype == object:
+        return pd.Series(pd.array([None if pd.isna(each) else each for each in column], dtype="Int64"))
     if whole:
         return column.astype("Int64").reset_index(drop=True)
     values = column.to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
@@ -130,7 +132,8 @@ def _refuse(frame: pd.DataFrame, bad: Any, column: str, demand: str) -> None:
         return
     row = frame.iloc[int(places[0])]
     key = ", ".join(f"{name}={row[name]}" for name in KEY if not pd.isna(row[name]) and row[name] != "")
-    found = "" if column == "key" else f" is {row[column]!r} and"
+    value = "" if column == "key" else row[column]
+    found = "" if column == "key" else f" is {value!r} and" if isinstance(value, str) else f" is {value} and"
     more = f" ({len(places)} rows)" if len(places) > 1 else ""
     interval = f" [{row['ci_low']}, {row['ci_high']}]" if "between" in demand or column == "ci_low" else ""
     raise DataError(f"row {int(places[0])} ({key}): {column}{found} {demand}{interval}{more}")

@@ -7,6 +7,7 @@ holds the hashes of the other two: a folder that a crash left half old and half 
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import io
@@ -14,7 +15,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -39,7 +40,7 @@ def write_table(folder: Path, frame: pd.DataFrame, provenance: Mapping[str, Any]
     """
     stream = io.BytesIO()
     frame.to_parquet(stream, index=False)
-    contents = {CSV: frame.to_csv(index=False, lineterminator="\n").encode(), PARQUET: stream.getvalue()}
+    contents = {CSV: _csv(frame).encode(), PARQUET: stream.getvalue()}
     record = {
         "kind": KIND,
         "schema_version": schema_version,
@@ -104,6 +105,14 @@ def read_table(folder: Path, *, schema_version: int) -> tuple[pd.DataFrame, dict
     except Exception as error:  # pyarrow raises OSError, ValueError, KeyError and its own, by where the fault lies
         raise DataError(f"{path} is not a Parquet file that can be read ({error}): make the table again") from error
     return frame, record["provenance"]
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    """The rows as CSV that any reader splits where we did: a lone carriage return is not quoted unless all text is."""
+    texts = frame.select_dtypes(exclude="number")
+    returns = any(texts[name].str.contains("\r", regex=False).any() for name in texts)
+    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+    return str(frame.to_csv(index=False, lineterminator="\n", quoting=quoting))
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -60,7 +60,8 @@ class HeadTable:
         foreign = {name for row in filled for name in row} - set(COLUMNS)
         if foreign:
             raise DataError(f"rows have columns the schema does not know: {', '.join(sorted(foreign))}")
-        return cls(frame=pd.DataFrame(filled, columns=list(COLUMNS)), provenance=source)
+        columns = {name: pd.Series([row.get(name) for row in filled], dtype=object) for name in COLUMNS}
+        return cls(frame=pd.DataFrame(columns), provenance=source)
 
     def __len__(self) -> int:
         return len(self.frame)
