@@ -49,13 +49,17 @@ def make_bridge(module: Any, tokenizer: Any = None) -> Any:
             "this model or call needs TransformerLens hooks: install it with `pip install 'transformer-lens>=4.3,<5'`"
         ) from error
     architecture = type(module).__name__
+    copied: Any = sharing_copy(module)
+    if hasattr(copied, "set_attn_implementation"):
+        copied.set_attn_implementation("eager")  # fused attention never forms the pattern that hooks are to show
     try:
         bridge = build_bridge_from_module(
-            sharing_copy(module),
+            copied,
             architecture,
             hf_config=module.config,
             tokenizer=tokenizer,
             device=next(module.parameters()).device,
+            model_name=architecture,
         )
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"TransformerLens cannot bridge {architecture}: {error}") from error
