@@ -86,7 +86,7 @@ def run(
         model: on either path.
         n: sequences.
         period: tokens before they repeat. Where the context has no room for two periods, the longest that fits is
-            taken, and the provenance has a `note`.
+            taken, and the provenance says so in `notes`.
         seed: seed of the tokens.
         budget: working memory of a batch, in bytes; results do not depend on it.
         progress: called with a line after each batch.
@@ -110,12 +110,10 @@ def run(
     fits = (model.spec.n_ctx - start) // 2
     if fits < 2:
         raise PromptError(f"the context of {model.name} is {model.spec.n_ctx} tokens: too short to repeat anything")
-    notes = {}
+    notes = []
     if period > fits:
-        notes["note"] = f"period {fits} in place of {period}: the context of {model.name} is {model.spec.n_ctx} tokens"
+        notes.append(f"period {fits} in place of {period}: the context of {model.name} is {model.spec.n_ctx} tokens")
         period = fits
-        if progress is not None:
-            progress(notes["note"])
     tokens = random_ids(model, n, period, seed=seed, stream="head_patterns").repeat(1, 2)
     if start:
         tokens = torch.cat([torch.full((n, 1), int(model.tokenizer.bos_token_id)), tokens], dim=1)
@@ -141,6 +139,6 @@ def run(
         for index, metric in enumerate(METRICS)
     ]
     record = provenance(
-        model, data_hash=digest_of(tokens), seed=seed, n=n, period=period, bos_in_front=bool(start), **notes
+        model, data_hash=digest_of(tokens), seed=seed, n=n, period=period, bos_in_front=bool(start), notes=notes
     )
     return HeadTable(frame=pd.concat(frames, ignore_index=True), provenance=record)
