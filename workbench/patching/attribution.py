@@ -30,7 +30,8 @@ def attribution_effects(runs: Runs, edges: Edges, *, steps: int = 1) -> Iterator
         Indices into `edges` and their effects `[edges, n]`, receiver layer by receiver layer.
     """
     base = runs.resid_pre[0]
-    passes = [gradients(runs, base + runs.delta_input * (1 - step / steps)) for step in range(1, steps + 1)]
+    passes = [gradients(runs, base + runs.delta_input * (1 - step / steps)) for step in range(1, steps)]
+    passes.append(gradients(runs))
     sweep = by_receiver_layer(edges)
     deltas = sender_deltas(runs, edges.graph, sweep.senders)
     for group in sweep.groups:

@@ -95,6 +95,8 @@ class EdgeEffects:
             folder.mkdir(parents=True, exist_ok=True)
             self.frame.to_parquet(folder / "edges.parquet", index=False)
             self.frame.to_csv(folder / "edges.csv", index=False)
+            for stale in ("calibration.csv", "per_prompt.safetensors"):
+                (folder / stale).unlink(missing_ok=True)
             if self.calibration is not None:
                 self.calibration.to_csv(folder / "calibration.csv", index=False)
             if self.per_prompt is not None:
@@ -122,6 +124,8 @@ class EdgeEffects:
         folder = Path(folder)
         try:
             record = json.loads((folder / "effects.json").read_text(encoding="utf-8"))
+            if not isinstance(record, dict):
+                raise DataError(f"{folder / 'effects.json'} holds no JSON object; compute the effects again")
             if record.get("kind") != "edge_effects" or record.get("schema_version") != SCHEMA_VERSION:
                 raise DataError(
                     f"{folder / 'effects.json'} is of kind {record.get('kind')!r}, version "
@@ -140,7 +144,7 @@ class EdgeEffects:
                 calibration=pd.read_csv(calibration) if calibration.exists() else None,
                 per_prompt=load_file(per_prompt)["effects"] if per_prompt.exists() else None,
             )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise DataError(f"{folder} does not hold readable edge effects: {error}. Compute them again") from error
 
 

@@ -104,10 +104,13 @@ def edge_effects(
     from workbench.tables import provenance
 
     _check(settings, ablation)
+    for name, count in (("top_k", top_k), ("sample", sample)):
+        if count < 0:
+            raise PromptError(f"{name}={count} is negative: give a number of edges, 0 for none")
     pairs.check_vocabulary(weights.spec.d_vocab)
     chosen = _choose(Graph(weights.spec), edges)
     began = time.perf_counter()
-    kept = None if resume is None else PartialResult.open(resume, _key(model, pairs, chosen, settings))
+    kept = None if resume is None else PartialResult.open(resume, _key(model, pairs, chosen, settings, top_k, sample))
     work = _Work(weights, pairs, settings, kept, progress or (lambda _: None))
     calibration, methods = None, np.full(len(chosen), method, dtype=object)
     if method == "verified":
@@ -320,10 +323,12 @@ def _effects(runs: Runs, edges: Edges, how: str, settings: Settings) -> Iterator
     return attribution_effects(runs, edges, steps=settings.steps if how == "eap_ig" else 1)
 
 
-def _key(model: Model, pairs: PromptPairs, edges: Edges, settings: Settings) -> str:
+def _key(model: Model, pairs: PromptPairs, edges: Edges, settings: Settings, top_k: int, sample: int) -> str:
     """What has to be the same for unfinished work to be taken up."""
     digest = hashlib.sha256()
     fixed = {k: v for k, v in settings.__dict__.items() if k != "budget_bytes"}
+    if settings.method == "verified":
+        fixed |= {"top_k": top_k, "sample": sample}
     digest.update(json.dumps([model.model_hash, str(model.dtype), pairs.data_hash, fixed], sort_keys=True).encode())
     digest.update(edges.keys.tobytes())
     return digest.hexdigest()

@@ -117,13 +117,13 @@ class Graph:
         return edges[edges.classes == "head to head"]
 
     def edges(self, names: Iterable[str]) -> "Edges":
-        """Edges by name, for example `a9.h3->a10.h0<q>`.
+        """Edges by name, for example `a9.h3->a10.h0<q>`, in the order given; one that is named twice counts once.
 
         Raises:
             PromptError: for a name that is not an edge of this model; says why and what is near it.
         """
-        names = list(names)
-        if isinstance(names, str) or not names:
+        names = list(dict.fromkeys(names))
+        if not names:
             raise PromptError(
                 "edges is empty: name at least one edge, for example 'm2->logits', or leave it out for all"
             )

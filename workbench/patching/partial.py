@@ -39,7 +39,7 @@ class PartialResult:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if manifest.exists():
-                found = json.loads(manifest.read_text(encoding="utf-8")).get("key")
+                found = json.loads(manifest.read_text(encoding="utf-8"))["key"]
                 if found != key:
                     raise DataError(
                         f"{folder} holds unfinished work of another model, other prompts, edges or settings "
@@ -47,7 +47,7 @@ class PartialResult:
                     )
             else:
                 manifest.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{manifest} is damaged: {error}. Delete {folder} and begin again") from error
         except OSError as error:
             raise OutputError(f"cannot keep unfinished work in {folder}: {error.strerror or error}") from error
