@@ -1,9 +1,12 @@
 """The report's section on what the model can do."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
+from workbench.models import Model
 from workbench.report.section import ReportContext, Section
+from workbench.tables import HeadTable, provenance
 from workbench_circuits._competence import RULE, Competence, competence
 from workbench_circuits.tasks import load_task
 
@@ -33,6 +36,7 @@ def competence_section(context: ReportContext) -> Section:
             "are over prompts drawn like these."
         ),
         figures=(competence_figure(results),),
+        tables=(competence_table(context.model, context.seed, results),),
         html_tables=(_table(results),),
         warnings=tuple(
             f"{title} is not solved by this model: heads and circuits found with it would explain no skill."
@@ -64,6 +68,39 @@ def finding(model: str, results: Sequence[tuple[str, Competence]]) -> str:
             f"(corrupted: {falls})."
         )
     return " ".join(parts)
+
+
+def competence_table(model: Model, seed: int, results: Sequence[tuple[str, Competence]]) -> HeadTable:
+    """The numbers as tidy rows of the whole model; `input` is `task, corruption`.
+
+    Args:
+        model: the model.
+        seed: seed that the prompts were drawn with.
+        results: title of the task and competence.
+    """
+    rows = [
+        {
+            "metric": row["quantity"],
+            **{name: row[name] for name in ("value", "stderr", "ci_low", "ci_high", "n", "unit", "path_taken")},
+            "input": f"{row['task']}, {row['corruption']}",
+        }
+        for _, result in results
+        for row in result.frame.to_dict("records")
+    ]
+    inputs = {f"{result.task}, {result.corruption}": result for _, result in results}
+    return HeadTable.from_rows(
+        rows,
+        provenance(
+            model,
+            data_hash=sha256("".join(result.data_hash for result in inputs.values()).encode()).hexdigest(),
+            seed=seed,
+            chance={name: result.chance for name, result in inputs.items()},
+            verdict={name: result.verdict for name, result in inputs.items()},
+            prompts={name: result.data_hash for name, result in inputs.items()},
+        ),
+        analysis="competence",
+        method="at the answer position",
+    )
 
 
 def competence_figure(results: Sequence[tuple[str, Competence]]) -> Any:

@@ -15,7 +15,7 @@ def ioi(default_model):
 
 @pytest.fixture(scope="module")
 def colored_objects(default_model):
-    return wc.load_task("colored_objects").pairs(default_model, 48)
+    return wc.load_task("colored_objects").pairs(default_model, 32)
 
 
 def test_colored_objects_has_the_layout_of_the_paper(default_model, colored_objects):
@@ -56,7 +56,7 @@ def test_ioi_is_solved(default_model, ioi):
 
 
 def test_swapping_the_second_subject_swaps_the_answer(default_model):
-    found = wc.competence(default_model, wc.load_task("ioi").pairs(default_model, 32, corruption="s2_flip"))
+    found = wc.competence(default_model, wc.load_task("ioi").pairs(default_model, 24, corruption="s2_flip"))
     assert found.metric_corrupted.ci_high < -3
 
 

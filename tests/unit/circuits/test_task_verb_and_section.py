@@ -154,6 +154,14 @@ def test_the_section_of_a_tiny_model(model):
             pairs = task.pairs(model, 32, seed=2, corruption=corruption)
             expected.append((task.title, wc.competence(model, pairs)))
     assert section.sentence == finding("tiny-words", expected)
+    (tidy,) = section.tables
+    frame = tidy.validate().frame
+    assert frame["layer"].isna().all()
+    assert len(frame) == 4 * len(expected)
+    for (_, found), rows in zip(expected, (frame.iloc[at : at + 4] for at in (0, 4, 8)), strict=True):
+        assert set(rows["input"]) == {f"{found.task}, {found.corruption}"}
+        assert list(rows["value"]) == list(found.frame["value"])
+        assert tidy.provenance["verdict"][rows["input"].iloc[0]] == found.verdict
     (table,) = section.html_tables
     assert list(table["verdict"]) == [each.verdict for _, each in expected]
     assert list(table["corruption"]) == ["abc", "s2_flip", "mindiff"]
