@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +45,7 @@ def register(app: typer.Typer) -> None:
         table.save(folder)
         if top:
             print(_summary(table, top))
-        print(f"saved in {folder}", file=sys.stderr)
+        say(f"saved in {folder}")
 
 
 def _names() -> list[str]:

@@ -55,7 +55,7 @@ def top_heads(
         rows=rows,
         cols=columns,
         subplot_titles=[f"<b>{panel.label}</b>" for panel in panels],
-        horizontal_spacing=0.24 / columns,
+        horizontal_spacing=0.36 / columns,
         vertical_spacing=80 / height if rows > 1 else 0,
     )
     for place, panel in enumerate(panels):
@@ -228,14 +228,17 @@ def _label_places(points: np.ndarray, named: list[int]) -> dict[int, str]:
     low, span = points.min(axis=0), np.ptp(points, axis=0)
     unit = (points - low) / np.where(span > 0, span, 1.0)
     rows = {"middle": 0.0, "top": 0.05, "bottom": -0.05}
-    taken: list[tuple[float, float]] = []
+    labels: list[tuple[float, float]] = []
     places: dict[int, str] = {}
     for index in named:
         x, y = unit[index]
         side, centre = ("right", x + 0.06) if x < 0.5 else ("left", x - 0.06)
+        others = [(unit[other][0], unit[other][1]) for other in named if other != index]
         for row, rise in rows.items():
-            if all(abs(centre - u) > 0.1 or abs(y + rise - v) > 0.045 for u, v in taken):
-                taken.append((centre, y + rise))
+            clear_of_labels = all(abs(centre - u) > 0.1 or abs(y + rise - v) > 0.045 for u, v in labels)
+            clear_of_points = all(abs(centre - u) > 0.05 or abs(y + rise - v) > 0.03 for u, v in others)
+            if clear_of_labels and clear_of_points:
+                labels.append((centre, y + rise))
                 places[index] = f"{row} {side}"
                 break
     return places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -84,11 +85,17 @@ def _findings(outcomes: Iterable[Outcome]) -> str:
     for outcome in outcomes:
         text = outcome.section.sentence if outcome.section else f"failed: {outcome.error}"
         title = outcome.section.title if outcome.section else outcome.name
-        items.append(f'<li><a href="#section-{escape(outcome.name)}"><b>{escape(title)}</b></a>: {escape(text)}</li>')
+        items.append(f'<li><a href="#section-{escape(outcome.name)}"><b>{escape(title)}</b></a>: {_prose(text)}</li>')
     return (
         '<section class="findings" aria-label="Key findings"><h2>Key findings</h2>'
         f"<ul>{''.join(items)}</ul></section>\n"
     )
+
+
+def _prose(text: str) -> str:
+    """Escaped text in which no line breaks within an interval or before a per cent sign."""
+    unbroken = re.sub(r"\[[^][]{1,40}\]", lambda found: found[0].replace(" ", "\u00a0"), text)
+    return escape(re.sub(r"(?<=\d) %", "\u00a0%", unbroken))
 
 
 def _section(outcome: Outcome) -> str:
@@ -104,7 +111,7 @@ def _section(outcome: Outcome) -> str:
     body = [f'<section id="{anchor}"><h2>{escape(section.title)}</h2>']
     if warnings:
         body.append(f'<div class="warnings" role="note"><ul>{warnings}</ul></div>')
-    body.append(f'<p class="finding">{escape(section.sentence)}</p>')
+    body.append(f'<p class="finding">{_prose(section.sentence)}</p>')
     body += [_figure(section, place) for place in range(len(section.figures))]
     body += [_small_table(frame) for frame in section.html_tables]
     body.append(
@@ -140,7 +147,7 @@ def _small_table(frame: pd.DataFrame) -> str:
     )
     rows = "".join(
         "<tr>"
-        + "".join(f"<td{_right(right)}>{escape(_cell(value))}</td>" for value, right in zip(row, numeric, strict=True))
+        + "".join(f"<td{_right(right)}>{_prose(_cell(value))}</td>" for value, right in zip(row, numeric, strict=True))
         + "</tr>"
         for row in frame.itertuples(index=False, name=None)
     )
