@@ -29,7 +29,9 @@ class DirectPath:
 
         def metric(logits: Tensor) -> Tensor:
             at = logits[rows, pairs.answer_positions]
-            return (at.gather(1, pairs.answers) - at.gather(1, pairs.wrong_answers)).mean()
+            value = (at.gather(1, pairs.answers) - at.gather(1, pairs.wrong_answers)).mean()
+            self.last = float(value)
+            return value
 
         self.metric = metric
         with torch.no_grad():
@@ -42,7 +44,7 @@ class DirectPath:
         from transformer_lens.patching import get_act_patch_direct_path
 
         with torch.no_grad(), _only(receiver.layer, receiver.head):
-            found = get_act_patch_direct_path(
+            found: Tensor = get_act_patch_direct_path(
                 self.bridge,
                 self.tokens,
                 self.clean,
@@ -50,10 +52,12 @@ class DirectPath:
                 self.metric,
                 sender.layer,
                 sender.head,
-                receiver.kind,  # type: ignore[arg-type]
+                receiver.kind,
                 verbose=False,
             )
-        return float(found[receiver.layer, receiver.head]) - self.base
+        # `found` is float32 whatever the model's dtype; the metric was called for this one receiver
+        assert found[receiver.layer, receiver.head] == torch.tensor(self.last, dtype=found.dtype)
+        return self.last - self.base
 
     def effects(self, edges: Edges) -> list[float]:
         """`effect` of every edge."""

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -116,17 +117,13 @@ def run(plan: Plan, say: Say = lambda _: None) -> dict[str, Any]:
         if plan.double:
             say("comparing in float64")
             agreement["float64"] = _double(shape, plan, pairs, edges[shared])
-    return _summary(plan, clock, rates, agreement, len(Graph(_spec_of(edges)).head_edges()), len(shared))
+    return _summary(plan, clock, rates, agreement, len(edges.graph.head_edges()), len(shared))
 
 
 def _pairs(shape: Shape, plan: Plan) -> PromptPairs:
     return random_pairs(
         shape, n=plan.prompts, tokens=plan.tokens, first_difference=plan.first_difference, seed=plan.seed
     )
-
-
-def _spec_of(edges: Edges) -> Any:
-    return edges.graph.spec
 
 
 def _runs(model: Model, pairs: PromptPairs, *, trace: bool) -> Runs:
@@ -139,6 +136,12 @@ def _collect(found: Iterator[tuple[Tensor, Tensor]], n_edges: int) -> np.ndarray
     for index, effects in found:
         values[index.numpy()] = effects.double().mean(1).numpy()
     return values
+
+
+def _with_runs(
+    model: Model, pairs: PromptPairs, method: Callable[[Runs], Iterator[tuple[Tensor, Tensor]]], n_edges: int
+) -> np.ndarray:
+    return _collect(method(_runs(model, pairs, trace=True)), n_edges)
 
 
 def _round(
@@ -164,12 +167,13 @@ def _round(
     resumed = clock.now()
     second = theirs.effects(edges[shared[half:]])
     clock.seconds["transformer_lens"].append(between - began + clock.now() - resumed)
-    for name, method in (
-        ("receiver_exact", lambda runs: receiver_exact_effects(runs, every, budget_bytes=BUDGET_BYTES)),
-        ("eap", lambda runs: attribution_effects(runs, every)),
-        ("eap_ig", lambda runs: attribution_effects(runs, every, steps=5)),
-    ):
-        clock.time(name, lambda method=method: _collect(method(_runs(model, pairs, trace=True)), len(every)))
+    methods: dict[str, Callable[[Runs], Iterator[tuple[Tensor, Tensor]]]] = {
+        "receiver_exact": lambda runs: receiver_exact_effects(runs, every, budget_bytes=BUDGET_BYTES),
+        "eap": lambda runs: attribution_effects(runs, every),
+        "eap_ig": lambda runs: attribution_effects(runs, every, steps=5),
+    }
+    for name, method in methods.items():
+        clock.time(name, partial(_with_runs, model, pairs, method, len(every)))
     return rate, ours, np.array(first + second)
 
 

@@ -25,7 +25,9 @@ def progress() -> Callable[[str], None]:
     return say
 
 
-def open_model(source: str | None, *, device: str | None, dtype: str | None, say: Callable[[str], None]) -> Model:
+def open_model(
+    source: str | None, *, device: str | None, dtype: str | None, say: Callable[[str], None], ungroup: bool = False
+) -> Model:
     """Load the model that a command line names, and say so.
 
     Args:
@@ -33,6 +35,7 @@ def open_model(source: str | None, *, device: str | None, dtype: str | None, say
         device: torch's name of the device, or None.
         dtype: torch's name of the element type, or None.
         say: told when it begins and when it is done.
+        ungroup: give every query head a key/value head of its own.
 
     Raises:
         ModelError: if there is no such element type, or the model cannot be loaded.
@@ -49,6 +52,8 @@ def open_model(source: str | None, *, device: str | None, dtype: str | None, say
             raise ModelError(f"unknown --dtype {dtype!r}: use float32, bfloat16, float16 or float64")
     wanted = {"device": device, "dtype": element}
     options: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    if ungroup:
+        options["ungroup"] = True
     model = load_model(**options) if source is None else load_model(source, **options)
     say(f"loaded {model.name} ({model.path} path)")
     return model

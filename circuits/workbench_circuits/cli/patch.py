@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.errors import PromptError
+from workbench.errors import DataError, PromptError
 
 if TYPE_CHECKING:
     from workbench.models import Model
@@ -127,6 +127,8 @@ def _run(
         )
     try:
         effects = edge_effects(model, pairs, resume=unfinished, progress=say, **options)
+    except DataError as error:
+        raise DataError(f"{error}; or pass --no-resume to begin anew") from error
     except KeyboardInterrupt:
         print(f"unfinished work is in {unfinished}; the same command goes on from there", file=sys.stderr)
         raise
