@@ -122,7 +122,7 @@ def _activation(module: Any) -> Callable[[Tensor], Tensor]:
     """The module's activation; the tanh form of GELU that transformers spells out is torch's single fused call."""
     if type(module).__name__ in {"NewGELUActivation", "GELUTanh"}:
         return partial(F.gelu, approximate="tanh")
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _gpt2(module: Any) -> ModelWeights:
