@@ -41,9 +41,10 @@ def describe(table: HeadTable) -> Section:
         method=(
             f"{source['n']} sequences of {source['period']} tokens drawn uniformly from the vocabulary, each repeated "
             f"once, {front}. A score is the mean attention along one diagonal: to the token before (previous-token), "
-            "to the same token the first time (duplicate-token), and to the token after that (induction); the last "
-            "two over the second repetition only. Intervals: bootstrap over sequences. Source: Wang et al., "
-            "Interpretability in the Wild, 2022."
+            "to the same token the first time (duplicate-token), and to the token after that (induction), over "
+            "every query that has such a key: all but the first, the second half, and the second half with the query "
+            "before it. Intervals: Student's t over sequences. Source: Wang et al., Interpretability in the Wild, "
+            "2022."
         ),
         limits=(
             "A score says where a head looks on random tokens, not what it writes, nor that it does the same in text, "
