@@ -39,7 +39,7 @@ def bench(tmp_path_factory):
         "--repeats",
         "2",
     ]
-    result = CliRunner().invoke(make_app(), ["bench", "patching", *options, "--json", str(file)])
+    result = CliRunner().invoke(make_app(), ["bench", "patching", "--shape", "tiny", *options, "--json", str(file)])
     assert result.exit_code == 0, result.output
     assert torch.get_num_threads() == threads
     return result.stdout, json.loads(file.read_text())
