@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
+
 from workbench.tables import HeadTable
 
 COLUMNS = (
