@@ -35,8 +35,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 gpu:
-	PYTHONPATH=.:kernels:circuits $(PYTHON) -m pytest -m gpu --gpu-required tests/gpu
-	PYTHONPATH=.:kernels:circuits $(PYTHON) -m workbench_kernels.bench --json kernels/results.json
+	PYTHONPATH=.:kernels:circuits $(PYTHON) -m pytest -p no:cacheprovider -m gpu --gpu-required tests/gpu
+	PYTHONPATH=.:kernels:circuits $(PYTHON) -m workbench.bench.sweep --device cuda
 
 tracr:
 	$(PYTHON) -m venv .venv-tracr
