@@ -289,6 +289,10 @@ def test_a_folder_that_cannot_be_written(model, pairs, every, tmp_path):
 # Going on
 
 
+class InterruptionError(Exception):
+    """What stops a sweep here; Ctrl-C itself would stop the tests where one of them fails."""
+
+
 class Counted:
     """`exact_effects`, with the number of effects that it computed; fails after some batches if told so."""
 
@@ -298,7 +302,7 @@ class Counted:
     def __call__(self, runs, edges, **arguments):
         for index, values in exact_effects(runs, edges, **arguments):
             if self.batches == self.fail_after:
-                raise KeyboardInterrupt
+                raise InterruptionError
             self.batches += 1
             self.effects += values.numel()
             yield index, values
@@ -319,7 +323,7 @@ def counted(monkeypatch, fail_after=None):
 
 def interrupt(monkeypatch, after, *args, **arguments):
     made = counted(monkeypatch, after)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptionError):
         wb.edge_effects(*args, **arguments)
     return made
 
