@@ -33,6 +33,9 @@ Method = Literal["exact", "receiver_exact", "eap", "eap_ig", "verified"]
 Progress = Callable[[str], None]
 GIB = 1 << 30
 
+NOISE_PROMPTS = 4
+"""Prompts on which the noise floor is measured."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -278,7 +281,15 @@ class _Work:
         )
         self.base_values[batch.numpy()] = runs.base_value.double().cpu().numpy()
         if np.isnan(self.floor):
-            self.floor = noise_floor(runs, self.settings.seed)
+            few = runs
+            if len(batch) > NOISE_PROMPTS:
+                few = make_runs(
+                    self.weights,
+                    self.pairs.subset(batch[:NOISE_PROMPTS]),
+                    direction=self.settings.direction,
+                    metric=self.settings.metric,
+                )
+            self.floor = noise_floor(few, self.settings.seed)
         return runs
 
     def sweep(self, edges: Edges, how: str) -> np.ndarray:

@@ -8,15 +8,15 @@ from torch import Tensor
 from workbench.patching.exact import Stage, base_stream, walk
 from workbench.patching.runs import Runs
 
-_STAGES = 8
-_DRAWS = 4
+_STAGES = 6
+_DRAWS = 2
 
 
 @torch.no_grad()
 def noise_floor(runs: Runs, seed: int = 0) -> float:
     """Root mean square change of the metric when a base stream is rounded differently.
 
-    At up to eight depths every element of the base run's stream is multiplied by `1 + eps u`, with `eps` the machine
+    At up to six depths every element of the base run's stream is multiplied by `1 + eps u`, with `eps` the machine
     epsilon of the dtype and `u` uniform on [-1, 1], and taken through the rest of the model like a patched stream. The
     largest root mean square over prompts and draws is the floor. Errors of the sender's and receiver's own products are
     of the same order: each is a sum that is rounded to the same precision.
