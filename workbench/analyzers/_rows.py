@@ -36,6 +36,17 @@ def rows(estimates: Estimates, **constants: Any) -> pd.DataFrame:
     return frame[list(COLUMNS)].astype(dict.fromkeys(("layer", "head", "position", "n"), "Int64"))
 
 
+def mean_shares(x: Float[Tensor, "n *shape"]) -> Estimates:
+    """Means of numbers that lie between 0 and 1: Student's t interval, cut to what a mean of such numbers can be."""
+    from dataclasses import replace
+
+    from workbench.stats import mean_estimates
+
+    found = mean_estimates(x)
+    low = np.maximum(found.ci_low, np.minimum(found.value, 0.0))
+    return replace(found, ci_low=low, ci_high=np.minimum(found.ci_high, np.maximum(found.value, 1.0)))
+
+
 def share_estimates(hits: Float[Tensor, "n *shape"]) -> Estimates:
     """Share of samples with a hit, with its Wilson interval, which has a width at shares of 0 and 1 too.
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.analyzers._patterns import BUDGET, score_patterns
-from workbench.analyzers._rows import rows, share_estimates
+from workbench.analyzers._rows import mean_shares, rows, share_estimates
 from workbench.analyzers._tokens import built_in_documents, digest_of, leading_tokens, random_ids
 from workbench.errors import PromptError
 from workbench.models.weights import at_least_float32
@@ -161,20 +161,16 @@ def _rows(
     alpha: Float[Tensor, "n n_layers n_heads"], sample: _Sample, eps: float, columns: dict[str, Any]
 ) -> list[pd.DataFrame]:
     """All rows of one input at one key position."""
-    from workbench.stats import mean_estimates
-
     sinks = is_sink(alpha, eps)
     here = {**columns, "input": sample.name}
     frames = [
-        rows(mean_estimates(alpha), **here, metric="alpha", unit="probability"),
+        rows(mean_shares(alpha), **here, metric="alpha", unit="probability"),
         rows(share_estimates(sinks), **here, metric="sink_rate", unit="share"),
-        rows(mean_estimates(sinks.mean((1, 2))), **here, metric="sink_rate", unit="share"),
+        rows(mean_shares(sinks.mean((1, 2))), **here, metric="sink_rate", unit="share"),
     ]
     for domain in dict.fromkeys(sample.domains):
         inside = torch.tensor([each == domain for each in sample.domains])
-        frames.append(
-            rows(mean_estimates(alpha[inside]), **{**here, "input": domain}, metric="alpha", unit="probability")
-        )
+        frames.append(rows(mean_shares(alpha[inside]), **{**here, "input": domain}, metric="alpha", unit="probability"))
     return frames
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analyzers._patterns import BUDGET, score_patterns
-from workbench.analyzers._rows import rows
+from workbench.analyzers._rows import mean_shares, rows
 from workbench.analyzers._tokens import digest_of, random_ids
 from workbench.errors import PromptError
 from workbench.models.weights import at_least_float32
@@ -101,7 +101,6 @@ def run(
     """
     import pandas as pd
 
-    from workbench.stats import mean_estimates
     from workbench.tables import HeadTable, provenance
 
     if n < 1 or period < 2:
@@ -127,7 +126,7 @@ def run(
     )
     frames = [
         rows(
-            mean_estimates(scores[..., index]),
+            mean_shares(scores[..., index]),
             analysis="head_patterns",
             metric=metric,
             unit="probability",

@@ -10,9 +10,11 @@ from torch import Tensor
 import workbench
 from families import REFUSED, tiny_module
 from workbench.analyzers._patterns import bytes_per_sequence, score_patterns
+from workbench.analyzers._rows import mean_shares
 from workbench.analyzers._tokens import DOMAINS, built_in_documents, random_ids
 from workbench.analyzers.attention_sinks import is_sink, key_importance, run
 from workbench.errors import BudgetError, PromptError
+from workbench.stats import mean_estimates
 
 TEXTS = ["abc def ghi jkl", "One, two, three, four.", "1 + 1 = 2, 2 + 2 = 4"]
 
@@ -93,6 +95,16 @@ def test_rate_is_the_mean_of_the_indicator_and_not_the_indicator_of_the_mean():
     assert whole["value"].item() == pytest.approx(float((alpha > eps).double().mean()))
     over_samples = (alpha > eps).double().mean((1, 2))
     assert whole["stderr"].item() == pytest.approx(float(over_samples.std() / 30**0.5))
+
+
+def test_intervals_of_shares_stay_between_zero_and_one():
+    found = mean_shares(torch.tensor([[1.0, 0.0, 0.5], [0.7, 0.2, 0.5]]))
+    unbounded = mean_estimates([[1.0, 0.0, 0.5], [0.7, 0.2, 0.5]])
+    assert (unbounded.ci_high[0] > 1) & (unbounded.ci_low[1] < 0)
+    assert found.ci_high.tolist() == [1, 1, 0.5]
+    assert found.ci_low.tolist() == [0, 0, 0.5]
+    np.testing.assert_allclose(found.value, [0.85, 0.1, 0.5])
+    assert np.isnan(mean_shares(torch.ones(1, 2)).ci_low).all()
 
 
 def test_every_position_asked_for_has_its_own_rows():
