@@ -46,7 +46,7 @@ def sweep(shape: str, *, device: str, prompts: int, tokens: int, exact_edges: in
     sample = edges[np.sort(drawn)]
     weights = model.fast_weights
 
-    def timed(work: Callable[[], object]) -> dict[str, float]:
+    def timed(work: Callable[[], object]) -> dict[str, float | None]:
         work()
         if where.type == "cuda":
             torch.cuda.synchronize()
@@ -55,8 +55,11 @@ def sweep(shape: str, *, device: str, prompts: int, tokens: int, exact_edges: in
         work()
         if where.type == "cuda":
             torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() if where.type == "cuda" else float("nan")
-        return {"seconds": time.perf_counter() - began, "peak_gib": peak / (1 << 30)}
+        seconds = time.perf_counter() - began
+        return {
+            "seconds": seconds,
+            "peak_gib": torch.cuda.max_memory_allocated() / (1 << 30) if where.type == "cuda" else None,
+        }
 
     runs = make_runs(weights, pairs, direction="noising", metric="logit_diff")
     found = {
@@ -65,7 +68,9 @@ def sweep(shape: str, *, device: str, prompts: int, tokens: int, exact_edges: in
         "receiver_exact": timed(lambda: list(receiver_exact_effects(runs, edges, budget_bytes=BUDGET_BYTES))),
         "eap": timed(lambda: list(attribution_effects(runs, edges))),
     }
-    found["exact"]["seconds_extrapolated"] = found["exact"]["seconds"] * len(edges) / len(sample)
+    exact_seconds = found["exact"]["seconds"]
+    assert exact_seconds is not None
+    found["exact"]["seconds_extrapolated"] = exact_seconds * len(edges) / len(sample)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": name,
