@@ -5,7 +5,7 @@ parameter: the wrapped module stays as it was and no weight is held twice.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from workbench.errors import ModelError
+from workbench.models.forward import SITES, Editor, Observer, edited
 from workbench.models.spec import ModelSpec
+from workbench.models.weights import at_least_float32
 
 HOOKS: dict[str, tuple[str, ...]] = {
     "resid_pre": ("hook_resid_pre",),
@@ -90,16 +92,27 @@ def spec_from_bridge(bridge: Any, architecture: str) -> ModelSpec:
 
 @torch.no_grad()
 def forward_with_hooks(
-    bridge: Any, tokens: Int[Tensor, "n pos"], observe: Mapping[str, Callable[[int, Tensor], None]]
+    bridge: Any,
+    tokens: Int[Tensor, "n pos"],
+    observe: Mapping[str, Observer],
+    edit: Mapping[str, Editor] | None = None,
 ) -> Tensor:
-    """Logits `[n, pos, d_vocab]` of a bridge, with the sites of `observe` shown on the way.
+    """Logits `[n, pos, d_vocab]` of a bridge; sites are shown to `observe` and replaced by `edit` on the way.
 
     Raises:
-        ModelError: if a site is asked for that the bridge of this architecture does not show.
+        ModelError: if a site is asked for that the bridge of this architecture does not show, or an edit of
+            `resid_mid`: what that hook returns reaches the MLP but not the stream beside it.
     """
+    editors = dict(edit or {})
+    if "resid_mid" in editors:
+        raise ModelError(
+            "TransformerLens hooks cannot edit 'resid_mid' (the stream past the MLP keeps the old value): "
+            "edit 'attn_out' by the difference instead"
+        )
+    sites = [site for site in SITES if site in observe or site in editors]
     hooks = []
     shown: set[tuple[str, int]] = set()
-    for site, watcher in observe.items():
+    for site in sites:
         for layer in range(bridge.cfg.n_layers):
             names = [f"blocks.{layer}.{name}" for name in HOOKS[site]]
             name = next((name for name in names if name in bridge.hook_dict), None)
@@ -110,14 +123,20 @@ def forward_with_hooks(
                     f"(looked for {' or '.join(names)}); the fast path has it for the architectures it serves"
                 )
 
-            def show(value: Tensor, hook: Any, layer: int = layer, watcher: Any = watcher, site: str = site) -> None:
+            def at(value: Tensor, hook: Any, layer: int = layer, site: str = site) -> Tensor | None:
                 shown.add((site, layer))
-                watcher(layer, value.float() if site == "pattern" and value.dtype != torch.float64 else value)
+                dtype = value.dtype
+                if site == "pattern":
+                    value = value.to(at_least_float32(dtype))
+                new = edited(editors[site], site, layer, value) if site in editors else value
+                if site in observe:
+                    observe[site](layer, new)
+                return new.to(dtype) if site in editors else None
 
-            hooks.append((name, show))
+            hooks.append((name, at))
     with bridge.hooks(fwd_hooks=hooks):
         logits = bridge(tokens, return_type="logits")
-    for site in observe:  # some adapters list hooks that never fire
+    for site in sites:  # some adapters list hooks that never fire
         if {layer for name, layer in shown if name == site} != set(range(bridge.cfg.n_layers)):
             raise ModelError(
                 f"site {site!r} is listed but not shown by the TransformerLens bridge of {bridge.cfg.model_name}; "

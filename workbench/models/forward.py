@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.errors import PromptError
 from workbench.models.spec import ModelSpec
 from workbench.models.weights import LayerWeights, ModelWeights, at_least_float32, rotate
 
 Observer = Callable[[int, Tensor], None]
+Editor = Callable[[int, Tensor], Tensor]
 SITES = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """Where `forward` can be observed, in the order in which a block computes them."""
 
@@ -90,41 +92,56 @@ def run_blocks(
     resid: Float[Tensor, "n pos d_model"],
     *,
     observe: Mapping[str, Observer] | None = None,
+    edit: Mapping[str, Editor] | None = None,
     first_position: int = 0,
 ) -> Float[Tensor, "n pos d_model"]:
-    """Take a stream through all blocks, up to the final norm; `observe` as in `forward`."""
+    """Take a stream through all blocks, up to the final norm; `observe` and `edit` as in `forward`."""
     spec = weights.spec
-    watchers = dict(observe or {})
+    watchers, editors = dict(observe or {}), dict(edit or {})
+    with_pattern = "pattern" in watchers or "pattern" in editors
 
-    def see(site: str, layer: int, value: Tensor) -> None:
+    def at(site: str, layer: int, value: Tensor) -> Tensor:
+        if site in editors:
+            value = edited(editors[site], site, layer, value)
         if site in watchers:
             watchers[site](layer, value)
+        return value
 
     for index, layer in enumerate(weights.layers):
-        see("resid_pre", index, resid)
+        resid = at("resid_pre", index, resid)
         q, k, v = queries_keys_values(weights, layer, layer.ln1(resid), first_position)
-        see("q", index, q)
-        see("k", index, k)
-        see("v", index, v)
-        if "pattern" in watchers:
-            pattern = attention_pattern(spec, q, k)
-            see("pattern", index, pattern)
+        q, k, v = at("q", index, q), at("k", index, k), at("v", index, v)
+        if with_pattern:
+            pattern = at("pattern", index, attention_pattern(spec, q, k))
             z = mix_values(spec, pattern, v)
         else:
             z = attend(spec, q, k, v)
-        see("z", index, z)
-        attn_out = layer.out(z.flatten(-2))
-        see("attn_out", index, attn_out)
+        z = at("z", index, z)
+        attn_out = at("attn_out", index, layer.out(z.flatten(-2)))
         mid = resid + attn_out
         if not spec.parallel:
-            see("resid_mid", index, mid)
+            mid = at("resid_mid", index, mid)
         if layer.mlp is not None:
-            mlp_out = layer.mlp(layer.ln2(resid if spec.parallel else mid))
-            see("mlp_out", index, mlp_out)
+            mlp_out = at("mlp_out", index, layer.mlp(layer.ln2(resid if spec.parallel else mid)))
             mid = mid + mlp_out
-        resid = mid
-        see("resid_post", index, resid)
+        resid = at("resid_post", index, mid)
     return resid
+
+
+def edited(editor: Editor, site: str, layer: int, value: Tensor) -> Tensor:
+    """What an editor puts in place of a value.
+
+    Raises:
+        PromptError: if it is no tensor of the shape and dtype of the value.
+    """
+    new = editor(layer, value)
+    if not isinstance(new, Tensor) or new.shape != value.shape or new.dtype != value.dtype:
+        got = f"{tuple(new.shape)} {new.dtype}" if isinstance(new, Tensor) else type(new).__name__
+        raise PromptError(
+            f"the editor of {site!r} returned {got} at layer {layer}; expected {tuple(value.shape)} {value.dtype}: "
+            "return the tensor that takes the value's place, or the value itself to leave it"
+        )
+    return new
 
 
 def forward(
@@ -132,6 +149,7 @@ def forward(
     tokens: Int[Tensor, "n pos"],
     *,
     observe: Mapping[str, Observer] | None = None,
+    edit: Mapping[str, Editor] | None = None,
     unembed_positions: Int[Tensor, "n"] | None = None,
     first_position: int = 0,
 ) -> Tensor:
@@ -142,13 +160,17 @@ def forward(
         tokens: token ids, padded on the right.
         observe: callbacks by site (see `SITES`), each called with the layer and the tensor. `pattern` comes in float32
             `[n, n_heads, query, key]`; asking for it turns the fused attention off.
+        edit: by site, what takes a value's place, called with the layer and the tensor; what follows, and what
+            `observe` sees, is the edited value. Leave the given tensor as it is: return a new one.
         unembed_positions: unembed just this position of each prompt.
         first_position: position of the first token.
 
     Returns:
         Logits `[n, pos, d_vocab]`, or `[n, d_vocab]` with `unembed_positions`.
     """
-    resid = run_blocks(weights, embed(weights, tokens, first_position), observe=observe, first_position=first_position)
+    resid = run_blocks(
+        weights, embed(weights, tokens, first_position), observe=observe, edit=edit, first_position=first_position
+    )
     if unembed_positions is not None:
         resid = resid[torch.arange(len(tokens), device=tokens.device), unembed_positions]
     return unembed(weights, resid)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from workbench.errors import ModelError, PromptError, UnsupportedModelError
 from workbench.models.bridge import forward_with_hooks, make_bridge, spec_from_bridge
-from workbench.models.forward import SITES, Observer, forward
+from workbench.models.forward import SITES, Editor, Observer, forward
 from workbench.models.serve import serve
 from workbench.models.ungroup import ungrouped
 from workbench.models.weights import ModelWeights
@@ -182,6 +182,7 @@ class Model:
         tokens: Int[Tensor, "n pos"],
         *,
         observe: Mapping[str, Observer] | None = None,
+        edit: Mapping[str, Editor] | None = None,
         unembed_positions: Int[Tensor, "n"] | None = None,
     ) -> Tensor:
         """Logits, with raw numerics; every row is padded on the right.
@@ -190,6 +191,7 @@ class Model:
             tokens: token ids.
             observe: callbacks by site, called with the layer and the tensor (see `workbench.models.forward.SITES`);
                 the same sites on both paths.
+            edit: by site, a function of the layer and the tensor whose result takes the tensor's place.
             unembed_positions: unembed only this position of each prompt.
 
         Returns:
@@ -198,9 +200,10 @@ class Model:
         Raises:
             PromptError: for tokens that are not `[n, pos]` ids of the vocabulary within the context.
         """
-        unknown = set(observe or {}) - set(SITES)
-        if unknown:
-            raise PromptError(f"observe has unknown sites {sorted(unknown)}; there are {', '.join(SITES)}")
+        for name, sites in (("observe", observe), ("edit", edit)):
+            unknown = set(sites or {}) - set(SITES)
+            if unknown:
+                raise PromptError(f"{name} has unknown sites {sorted(unknown)}; there are {', '.join(SITES)}")
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise PromptError(f"tokens must be a non-empty [n, pos] tensor of ids, not of shape {tuple(tokens.shape)}")
         if tokens.shape[1] > self.spec.n_ctx:
@@ -210,8 +213,8 @@ class Model:
             raise PromptError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.spec.d_vocab}")
         tokens = tokens.to(self.device)
         if self.weights is not None:
-            return forward(self.weights, tokens, observe=observe, unembed_positions=unembed_positions)
-        logits = forward_with_hooks(self.bridge, tokens, observe or {})
+            return forward(self.weights, tokens, observe=observe, edit=edit, unembed_positions=unembed_positions)
+        logits = forward_with_hooks(self.bridge, tokens, observe or {}, edit)
         if unembed_positions is None:
             return logits
         return logits[torch.arange(len(tokens), device=logits.device), unembed_positions.to(logits.device)]
