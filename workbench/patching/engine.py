@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.errors import BudgetError, PromptError
+from workbench.errors import PromptError
 from workbench.metrics import METRICS
 from workbench.models.model import Model
 from workbench.models.weights import ModelWeights, at_least_float32
 from workbench.patching.attribution import attribution_effects
+from workbench.patching.batches import GIB, Meter, prompt_batches
 from workbench.patching.deltas import deltas_bytes
 from workbench.patching.effects import EdgeEffects, effects_frame
 from workbench.patching.exact import exact_effects
@@ -26,12 +27,10 @@ from workbench.patching.partial import PartialResult
 from workbench.patching.receiver_exact import receiver_exact_effects
 from workbench.patching.runs import Direction, Runs, make_runs, run_bytes
 from workbench.patching.verified import calibrate, select
-from workbench.patching.window import Window
 from workbench.prompts import PromptPairs
 
 Method = Literal["exact", "receiver_exact", "eap", "eap_ig", "verified"]
 Progress = Callable[[str], None]
-GIB = 1 << 30
 
 NOISE_PROMPTS = 4
 """Prompts on which the noise floor is measured."""
@@ -225,39 +224,23 @@ def _batches(
     Raises:
         BudgetError: if one prompt alone does not fit.
     """
-    widths = (pairs.answer_positions - pairs.first_difference + 1).clamp(min=1)
-    order = sorted(range(len(pairs)), key=lambda i: (int(widths[i]), int(pairs.answer_positions[i])))
     size = weights.embed.element_size()
-    available = settings.budget_bytes // 2
 
-    def needed(members: list[int]) -> int:
-        part = torch.tensor(members)
-        length = int(pairs.answer_positions[part].max()) + 1
-        window = Window.of(
-            pairs.first_difference[part],
-            pairs.answer_positions[part],
-            length=pairs.clean.shape[1],
-            causal=weights.spec.causal,
-        )
-        base = run_bytes(weights, len(part), window.width, length)
+    def needed(n: int, width: int, length: int) -> int:
+        base = run_bytes(weights, n, width, length)
         if not sweeping:
             return base
         graphs = settings.steps if settings.method in {"eap_ig", "verified"} else 1
-        return base * (2 + graphs) + deltas_bytes(graph, len(part), window.width, size)
+        return base * (2 + graphs) + deltas_bytes(graph, n, width, size)
 
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and needed([*batches[-1], index]) <= available:
-            batches[-1].append(index)
-            continue
-        if needed([index]) > available:
-            raise BudgetError(
-                f"one prompt of {int(pairs.lengths[index])} tokens needs {2 * needed([index]) / GIB:.2f} GiB beside "
-                f"the weights and the budget is {settings.budget_bytes / GIB:.2f} GiB: raise budget_bytes, or "
-                "shorten the prompts"
-            )
-        batches.append([index])
-    return [torch.tensor(batch) for batch in batches]
+    return prompt_batches(
+        pairs,
+        pairs.first_difference,
+        causal=weights.spec.causal,
+        needed=needed,
+        available=settings.budget_bytes // 2,
+        budget_bytes=settings.budget_bytes,
+    )
 
 
 class _Work:
@@ -299,7 +282,7 @@ class _Work:
         values = np.full((len(edges), len(self.pairs)), np.nan, dtype=dtype)
         if self.kept is not None:
             self.kept.restore(how, values)
-        meter = _Meter(self.say, how, values.size)
+        meter = Meter(self.say, how, values.size, "edge effects")
         for batch in _batches(self.weights, self.pairs, self.settings, edges.graph, sweeping=sweeping):
             columns = batch.numpy()
             todo = np.flatnonzero(np.isnan(values[:, columns]).any(1))
@@ -343,24 +326,3 @@ def _key(model: Model, pairs: PromptPairs, edges: Edges, settings: Settings, top
     digest.update(json.dumps([model.model_hash, str(model.dtype), pairs.data_hash, fixed], sort_keys=True).encode())
     digest.update(edges.keys.tobytes())
     return digest.hexdigest()
-
-
-class _Meter:
-    """Says how far the work is, about once a second."""
-
-    def __init__(self, say: Progress, what: str, total: int) -> None:
-        self.say, self.what, self.total = say, what, total
-        self.done = self.counted = 0
-        self.began = self.last = time.monotonic()
-
-    def add(self, n: int, *, counts: bool = True) -> None:
-        """Count `n` effects; those that were restored do not enter the rate."""
-        self.done += n
-        self.counted += n if counts else 0
-        now = time.monotonic()
-        if now - self.last < 1 and self.done < self.total:
-            return
-        self.last = now
-        rate = self.counted / max(now - self.began, 1e-9)
-        left = (self.total - self.done) / rate if rate else float("inf")
-        self.say(f"{self.what}: {self.done:,} of {self.total:,} edge effects, {rate:,.0f} a second, {left:,.0f} s left")

@@ -51,7 +51,7 @@ def bind(name: str, weights: ModelWeights, pairs: PromptPairs, clean_final: Floa
     return BoundMetric(name=name, read=_over_logits(weights, lambda logits: metric.function(logits, pairs, clean)))
 
 
-def _mean_row(rows: Float[Tensor, "d_vocab d"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n d"]:
+def mean_row(rows: Float[Tensor, "d_vocab d"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n d"]:
     """Mean over each set of ids, in float32 or better; `ABSENT` ids do not count."""
     present = (ids != ABSENT).to(rows.device)
     picked = rows[ids.clamp(min=0).to(rows.device)].to(at_least_float32(rows.dtype))
@@ -61,11 +61,11 @@ def _mean_row(rows: Float[Tensor, "d_vocab d"], ids: Int[Tensor, "n k"]) -> Floa
 def _logit_diff(weights: ModelWeights, pairs: PromptPairs) -> Callable[[Tensor], Tensor]:
     """A logit difference is linear in the normalised residual: one direction per prompt, no unembedding."""
     rows = weights.unembed.matrix.mT
-    direction = _mean_row(rows, pairs.answers) - _mean_row(rows, pairs.wrong_answers)
+    direction = mean_row(rows, pairs.answers) - mean_row(rows, pairs.wrong_answers)
     offset = torch.zeros(len(pairs), dtype=direction.dtype, device=rows.device)
     if weights.unembed.bias is not None:
         bias = weights.unembed.bias[:, None]
-        offset = (_mean_row(bias, pairs.answers) - _mean_row(bias, pairs.wrong_answers)).squeeze(-1)
+        offset = (mean_row(bias, pairs.answers) - mean_row(bias, pairs.wrong_answers)).squeeze(-1)
 
     def read(final: Tensor) -> Tensor:
         return (weights.ln_final(final).to(direction.dtype) * direction).sum(-1) + offset

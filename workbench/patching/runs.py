@@ -120,7 +120,13 @@ def run_bytes(weights: ModelWeights, n: int, width: int, length: int) -> int:
 
 
 def make_runs(
-    weights: ModelWeights, pairs: PromptPairs, *, direction: Direction, metric: str, trace: bool = False
+    weights: ModelWeights,
+    pairs: PromptPairs,
+    *,
+    direction: Direction,
+    metric: str,
+    trace: bool = False,
+    whole_prompts: bool = False,
 ) -> Runs:
     """Run both versions of the prompts and keep what effects need.
 
@@ -130,10 +136,12 @@ def make_runs(
         direction: `noising`: the clean run is the base and corrupted writes are patched in; `denoising`: the reverse.
         metric: name of a metric of `workbench.metrics`.
         trace: gradients of the base run will be asked for: where its windows are whole prompts, keep its graph.
+        whole_prompts: let windows begin at the first token: what is patched in is not only the other run's.
     """
     pairs = pairs.to(weights.device)
     answer = pairs.answer_positions
-    window = Window.of(pairs.first_difference, answer, length=pairs.clean.shape[1], causal=weights.spec.causal)
+    first = torch.zeros_like(answer) if whole_prompts else pairs.first_difference
+    window = Window.of(first, answer, length=pairs.clean.shape[1], causal=weights.spec.causal)
     length = max(int(answer.max()) + 1, window.width)
     clean, corrupted = pairs.clean[:, :length], pairs.corrupted[:, :length]
     base_tokens, patch_tokens = (clean, corrupted) if direction == "noising" else (corrupted, clean)
