@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench.analyzers.attention_sinks import run as attention_sinks
+    from workbench.analyzers.extreme_tokens import run as extreme_tokens
     from workbench.analyzers.head_patterns import run as head_patterns
     from workbench.models import Model, load_model, wrap_model
     from workbench.patching import EdgeEffects, compare, edge_effects
@@ -29,6 +30,7 @@ _HOME = {
     "Model": "workbench.models:Model",
     "PromptPairs": "workbench.prompts:PromptPairs",
     "attention_sinks": "workbench.analyzers.attention_sinks:run",
+    "extreme_tokens": "workbench.analyzers.extreme_tokens:run",
     "head_patterns": "workbench.analyzers.head_patterns:run",
     "load_model": "workbench.models:load_model",
     "wrap_model": "workbench.models:wrap_model",
@@ -42,6 +44,7 @@ __all__ = [  # noqa: RUF022
     "HeadTable",
     "attention_sinks",
     "head_patterns",
+    "extreme_tokens",
     "edge_effects",
     "EdgeEffects",
     "compare",

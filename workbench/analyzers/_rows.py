@@ -20,7 +20,7 @@ def rows(estimates: Estimates, **constants: Any) -> pd.DataFrame:
     """One row a number.
 
     Args:
-        estimates: of shape `[n_layers, n_heads]` (heads) or `[]` (the model as a whole).
+        estimates: of shape `[n_layers, n_heads]` (heads), `[n_layers]` (layers) or `[]` (the model as a whole).
         constants: the other columns of the tidy schema.
     """
     import pandas as pd
@@ -28,9 +28,10 @@ def rows(estimates: Estimates, **constants: Any) -> pd.DataFrame:
     from workbench.tables import COLUMNS
 
     shape = estimates.value.shape
-    layer, head = np.indices(shape).reshape(2, -1) if shape else ([pd.NA], [pd.NA])
+    places: list[Any] = list(np.indices(shape).reshape(len(shape), -1)) if shape else []
+    layer, head = (*places, pd.NA, pd.NA)[:2]
     numbers = {name: getattr(estimates, name).reshape(-1) for name in _ESTIMATED}
-    frame = pd.DataFrame({"layer": layer, "head": head, **numbers, "n": estimates.n})
+    frame = pd.DataFrame(numbers).assign(layer=layer, head=head, n=estimates.n)
     for name, value in constants.items():
         frame[name] = pd.NA if value is None else value
     return frame[list(COLUMNS)].astype(dict.fromkeys(("layer", "head", "position", "n"), "Int64"))

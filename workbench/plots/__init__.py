@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import DataError
 from workbench.plots.heatmap import head_heatmap
+from workbench.plots.layers import layer_lines
 from workbench.plots.ranking import metric_scatter, rates, top_heads
 
 if TYPE_CHECKING:
     from workbench.tables import HeadTable
 
-__all__ = ["head_heatmap", "metric_scatter", "plot", "rates", "top_heads"]
+__all__ = ["head_heatmap", "layer_lines", "metric_scatter", "plot", "rates", "top_heads"]
 
 _KINDS = ("heatmap", "top", "rates", "scatter")
 
