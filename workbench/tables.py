@@ -12,6 +12,7 @@ import pandas as pd
 
 from workbench._provenance import provenance
 from workbench._table_checks import COLUMNS, KEY, check_rows, conform, is_whole
+from workbench._table_exports import as_json, from_json, matrices, write_text
 from workbench._table_files import read_table, write_table
 from workbench.errors import DataError
 
@@ -119,6 +120,48 @@ class HeadTable:
             return cls(frame=frame, provenance=source).validate()
         except DataError as error:
             raise DataError(f"{path} does not hold a valid table: {error}") from error
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write rows and provenance as one JSON file with a `schema_version`, column by column.
+
+        Returns:
+            The file's absolute path.
+
+        Raises:
+            DataError: if the table is not valid.
+            OutputError: if the file cannot be written.
+        """
+        target = Path(path).expanduser().absolute()
+        text = as_json(self.validate().frame, self.provenance, schema_version=SCHEMA_VERSION)
+        return write_text(target, text)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Read back what `to_json` wrote.
+
+        Raises:
+            DataError: if it is not there, damaged, of another schema version, or not valid.
+        """
+        source = Path(path).expanduser().absolute()
+        try:
+            text = source.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {source}: {error}; give a file that HeadTable.to_json wrote") from error
+        frame, record = from_json(text, str(source), schema_version=SCHEMA_VERSION)
+        return cls(frame=frame, provenance=record).validate()
+
+    def to_tsv(self, folder: str | Path) -> list[Path]:
+        """Write every number of single heads as a layer by head matrix, one tab-separated file each.
+
+        Returns:
+            The files, such as `attention_sinks.alpha.natural.tsv`.
+
+        Raises:
+            DataError: if the table is not valid.
+            OutputError: if the folder cannot be written.
+        """
+        home = Path(folder).expanduser().absolute()
+        return [write_text(home / name, text) for name, text in matrices(self.validate()).items()]
 
     @classmethod
     def concat(cls, tables: Sequence[HeadTable]) -> Self:

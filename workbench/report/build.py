@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from workbench.models import Model
     from workbench.tables import HeadTable
 
-_FILES = ("heads.csv", "heads.parquet", "manifest.json")
+_TABLES = ("heads.csv", "heads.parquet", "heads.json")
+_FILES = (*_TABLES, "matrices/", "manifest.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,10 @@ def write_report(
     progress: Callable[[str], None] | None = None,
     sections: Mapping[str, MakeSection] | None = None,
 ) -> Report:
-    """Write `index.html`, `heads.csv`, `heads.parquet` and `manifest.json` about a model into a folder.
+    """Write the page and the tables about a model into a folder.
+
+    These are `index.html`, all numbers as `heads.csv`, `heads.parquet` and `heads.json`, a layer by head matrix of each
+    number in `matrices/`, and `manifest.json`.
 
     The tables of a section are saved below `sections/` as soon as it is done, and the manifest tells the state of
     the whole at any time: "running", "complete", "incomplete" (a section failed) or "interrupted".
@@ -154,15 +158,19 @@ def _write_results(
     manifest |= {"schema_version": SCHEMA_VERSION, "provenance": source}
     columns: tuple[Any, ...] = ()
     written = [folder / "index.html"]
-    for name in ("heads.csv", "heads.parquet"):
+    for name in _TABLES:
         (folder / name).unlink(missing_ok=True)
+    for stale in (folder / "matrices").glob("*.tsv"):
+        stale.unlink()
     if tables:
-        whole = HeadTable.concat(tables)
+        whole = HeadTable.concat(tables).validate()
         shown = [table for outcome in outcomes if outcome.section for table in main_rows(outcome.section)]
         columns = columns_of(HeadTable.concat(shown))
         write_atomic(folder / "heads.csv", whole.frame.to_csv(index=False))
         write_atomic(folder / "heads.parquet", whole.frame.to_parquet(index=False))
-        written += [folder / "heads.csv", folder / "heads.parquet"]
+        whole.to_json(folder / "heads.json")
+        written += [folder / name for name in _TABLES]
+        written += whole.to_tsv(folder / "matrices")
     page = Page(
         title=f"The attention heads of {model.name}",
         byline=f"{model.spec.n_layers} layers of {model.spec.n_heads} heads · seed {seed}",
@@ -170,7 +178,7 @@ def _write_results(
         outcomes=outcomes,
         columns=columns,
         provenance=source,
-        files=_FILES if tables else _FILES[2:],
+        files=_FILES if tables else _FILES[-1:],
     )
     write_atomic(folder / "index.html", page.render())
     return written

@@ -107,6 +107,8 @@ def test_page_is_one_file_without_addresses_to_load_from(model, tmp_path):
     assert re.findall(r"""(?:src|href)=["'](?!#)([^"']*)""", own_markup(tmp_path)) == [
         "heads.csv",
         "heads.parquet",
+        "heads.json",
+        "matrices/",
         "manifest.json",
     ]
     assert re.findall(r'data-figure="([^"]*)"', page(tmp_path)) == ["figure-one-1", "figure-one-2"]
