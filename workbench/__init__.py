@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from workbench.analyzers.attention_sinks import run as attention_sinks
     from workbench.analyzers.extreme_tokens import run as extreme_tokens
     from workbench.analyzers.head_patterns import run as head_patterns
+    from workbench.cache import Cache, capture, open_cache
     from workbench.models import Model, load_model, wrap_model
     from workbench.patching import EdgeEffects, compare, edge_effects
     from workbench.prompts import PromptPairs
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Cache": "workbench.cache:Cache",
+    "capture": "workbench.cache:capture",
+    "open_cache": "workbench.cache:open_cache",
     "EdgeEffects": "workbench.patching:EdgeEffects",
     "compare": "workbench.patching:compare",
     "edge_effects": "workbench.patching:edge_effects",
@@ -44,6 +48,9 @@ __all__ = [  # noqa: RUF022
     "HeadTable",
     "attention_sinks",
     "head_patterns",
+    "capture",
+    "open_cache",
+    "Cache",
     "extreme_tokens",
     "edge_effects",
     "EdgeEffects",

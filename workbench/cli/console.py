@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
+
     from workbench.models import Model
 
 
@@ -41,15 +43,9 @@ def open_model(
         ModelError: if there is no such element type, or the model cannot be loaded.
     """
     say(f"loading {source or 'the default model'} ...")
-    import torch
-
     from workbench import load_model
 
-    element = None
-    if dtype is not None:
-        element = getattr(torch, dtype, None)
-        if not isinstance(element, torch.dtype) or not element.is_floating_point:
-            raise ModelError(f"unknown --dtype {dtype!r}: use float32, bfloat16, float16 or float64")
+    element = None if dtype is None else element_type(dtype, "--dtype")
     wanted = {"device": device, "dtype": element}
     options: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     if ungroup:
@@ -57,3 +53,17 @@ def open_model(
     model = load_model(**options) if source is None else load_model(source, **options)
     say(f"loaded {model.name} ({model.path} path)")
     return model
+
+
+def element_type(name: str, option: str) -> torch.dtype:
+    """The floating element type that a command line names.
+
+    Raises:
+        ModelError: if there is none of that name.
+    """
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"unknown {option} {name!r}: use float32, bfloat16, float16 or float64")
+    return found
