@@ -43,7 +43,7 @@ class Plan:
     @classmethod
     def of(cls, wiring: Wiring, masks: Masks, *, resample: bool) -> Plan:
         """Plan the run of some circuits."""
-        union = masks.any(0)
+        union = np.any(masks, axis=0)
         receivers, read = wiring.useful(union)
         live = wiring.reached(union) if resample else np.ones_like(read)
         active = read & live
@@ -154,8 +154,11 @@ class _Walk:
         """Numbers of the first query, key, value and MLP receivers of a layer."""
         spec = self.spec
         first = index * (spec.n_heads + 2 * spec.n_kv_heads + (1 if spec.d_mlp else 0))
-        return first, first + spec.n_heads, first + spec.n_heads + spec.n_kv_heads, first + spec.n_heads + (
-            2 * spec.n_kv_heads
+        return (
+            first,
+            first + spec.n_heads,
+            first + spec.n_heads + spec.n_kv_heads,
+            first + spec.n_heads + (2 * spec.n_kv_heads),
         )
 
     def _attention(self, index: int, first: int, heads: np.ndarray) -> None:
@@ -165,7 +168,7 @@ class _Walk:
         groups = np.unique(heads // spec.group_size)
         members = (heads, groups, groups)
         rows = [base + chosen for base, chosen in zip(self._rows(index)[:3], members, strict=True)]
-        union = self.plan.masks[: self.circuits if wide else 1].any(0)
+        union = np.any(self.plan.masks[: self.circuits if wide else 1], axis=0)
         changing = [union[r].any(1) for r in rows]
         reading = np.concatenate([r[c] for r, c in zip(rows, changing, strict=True)])
         circuits = self.circuits if wide else 1
@@ -200,9 +203,9 @@ class _Walk:
             shared = torch.from_numpy(heads // spec.group_size).to(self.shared.device)
             prefix = [part[:, :, shared] for part in prefix]
         z = attend_window(shape, self.window, q, k, v, prefix[0], prefix[1])
-        chosen = torch.from_numpy(heads).to(self.shared.device)
-        change_z = (z - ref.z[index][:, :, chosen]).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        self._write(first + int(heads[0]), torch.matmul(change_z, layer.W_O[chosen]).to(self.wide))
+        picked = torch.from_numpy(heads).to(self.shared.device)
+        change_z = (z - ref.z[index][:, :, picked]).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        self._write(first + int(heads[0]), torch.matmul(change_z, layer.W_O[picked]).to(self.wide))
 
     def _project(
         self, index: int, kind: int, heads: np.ndarray, normed: Float[Tensor, "circuits heads tokens d_model"]

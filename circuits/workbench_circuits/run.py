@@ -215,12 +215,10 @@ class CircuitRunner:
         for batch in self._batches:
             reference = self._reference(batch)
             for chunk in self._chunks(masks, order, batch):
-                plan = Plan.of(
-                    self.wiring, np.stack([masks[i] for i in chunk]), resample=self.ablation == "resample"
-                )
+                plan = Plan.of(self.wiring, np.stack([masks[i] for i in chunk]), resample=self.ablation == "resample")
                 final = walk(reference, self.wiring, plan)
                 read = reference.metric.read(final.to(self.weights.dtype))
-                values[np.ix_(chunk, batch.rows)] = read.cpu().numpy()
+                values[np.ix_(np.array(chunk), batch.rows)] = read.cpu().numpy()
                 meter.add(len(chunk) * len(batch.rows))
         return values
 
@@ -241,7 +239,9 @@ class CircuitRunner:
         """Faithfulness of circuits from their values."""
         check_gap(self.clean, self.none)
         none = float(self.none.mean(dtype=np.float64))
-        return np.asarray((values.mean(-1, dtype=np.float64) - none) / (float(self.clean.mean(dtype=np.float64)) - none))
+        return np.asarray(
+            (values.mean(-1, dtype=np.float64) - none) / (float(self.clean.mean(dtype=np.float64)) - none)
+        )
 
     def _parts(self) -> list[_Batch]:
         """Prompts with windows of like width; with mean ablation, of one length and answer position."""
@@ -323,13 +323,16 @@ class CircuitRunner:
         }
 
     def _order(self, masks: Sequence[Mask]) -> list[int]:
-        """Circuits that agree on their early edges, or are of like size, stand together."""
-        if len(masks) < 3:
-            return list(range(len(masks)))
-        sizes = [int(mask.sum()) for mask in masks]
-        return sorted(range(len(masks)), key=lambda i: sizes[i]) if max(sizes) > 1.2 * min(sizes) + 8 else [
-            *range(len(masks))
-        ]
+        """Circuits of like size, or that depart from what most are at like depth, stand together: they share more."""
+        sizes = np.array([int(mask.sum()) for mask in masks])
+        if len(masks) < 3 or sizes.max() > 1.2 * sizes.min() + 8:
+            return [int(i) for i in np.argsort(sizes, kind="stable")]
+        votes = np.zeros(self.wiring.shape, dtype=np.int32)
+        for mask in masks:
+            votes += mask
+        usual = 2 * votes > len(masks)
+        departs = [int(np.argmax((mask != usual).any(1))) if (mask != usual).any() else len(usual) for mask in masks]
+        return [int(i) for i in np.argsort(departs, kind="stable")[::-1]]
 
     def _chunks(self, masks: Sequence[Mask], order: Sequence[int], batch: _Batch) -> Iterable[list[int]]:
         """Circuits that are run together."""
@@ -394,9 +397,7 @@ def run_circuits(
     progress: Progress | None = None,
 ) -> Float[np.ndarray, "circuits n"]:
     """The metric of many circuits, a number a circuit and prompt; arguments as for `run_circuit`."""
-    runner = CircuitRunner(
-        model, pairs, ablation=ablation, metric=metric, budget_bytes=budget_bytes, progress=progress
-    )
+    runner = CircuitRunner(model, pairs, ablation=ablation, metric=metric, budget_bytes=budget_bytes, progress=progress)
     return runner.run(circuits)
 
 

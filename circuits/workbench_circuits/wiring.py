@@ -52,11 +52,6 @@ class Wiring:
         return tuple(found)
 
     @cached_property
-    def receiver_nodes(self) -> tuple[str, ...]:
-        """The node that each receiver belongs to; a shared key or value counts as a node of its own, `a3.kv0`."""
-        return tuple(name.split("<", maxsplit=1)[0] for name in self.graph.receiver_names)
-
-    @cached_property
     def everything(self) -> Mask:
         """The whole graph."""
         return np.arange(self.shape[1])[None] < self.graph.readable[:, None]
@@ -121,21 +116,15 @@ class Wiring:
         return kept & self.reached(mask)[None] if from_input else kept
 
     def nodes(self, mask: Mask) -> tuple[str, ...]:
-        """Senders with an edge in the mask, and `logits` if it is read, in writing order.
-
-        A head counts if it writes an edge, or an edge ends at its query, or at the key or value that it shares.
-        """
-        touched = mask.any(0)
-        for r in np.flatnonzero(mask.any(1)):
-            touched[self.feeds[r]] = True
-        names = [name for name, here in zip(self.graph.sender_names, touched, strict=True) if here]
+        """Senders that write an edge of the mask, in writing order, and `logits` if it is read."""
+        names = [name for name, here in zip(self.graph.sender_names, np.any(mask, axis=0), strict=True) if here]
         return (*names, "logits") if mask[-1].any() else tuple(names)
 
     def heads(self, mask: Mask) -> tuple[tuple[int, int], ...]:
         """(layer, head) of every head that writes an edge of the mask."""
         return tuple(
             (s.layer, s.head)
-            for s, here in zip(self.graph.senders, mask.any(0), strict=True)
+            for s, here in zip(self.graph.senders, np.any(mask, axis=0), strict=True)
             if here and s.kind == "head"
         )
 

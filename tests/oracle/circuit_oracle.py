@@ -1,9 +1,9 @@
-"""A circuit by its definition, with plain hooks on the transformers module: one forward a circuit, nothing of workbench.
+"""A circuit by its definition, with plain hooks on the transformers module and one forward a circuit.
 
 Every receiver gets a residual stream of its own: the constant part (biases that belong to no head) plus, for every
 sender that it can read, what the sender writes in this very run if the edge is in the circuit and a given other value
 if it is not. The hooks compute these streams in the order of the forward pass; the module's own residual stream is
-ignored. Names are those of ``hook_oracle``.
+ignored, and nothing of workbench is used. Names are those of ``hook_oracle``.
 """
 
 from __future__ import annotations
