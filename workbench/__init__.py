@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from workbench.analyzers.extreme_tokens import run as extreme_tokens
     from workbench.analyzers.head_patterns import run as head_patterns
     from workbench.cache import Cache, capture, open_cache
+    from workbench.interventions import Ablation, ablate
     from workbench.models import Model, load_model, wrap_model
     from workbench.patching import EdgeEffects, compare, edge_effects
+    from workbench.patching.direct_effects import direct_effects
+    from workbench.patching.head_effects import head_effects
     from workbench.prompts import PromptPairs
     from workbench.tables import HeadTable
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Ablation": "workbench.interventions:Ablation",
     "Cache": "workbench.cache:Cache",
     "capture": "workbench.cache:capture",
     "open_cache": "workbench.cache:open_cache",
@@ -33,8 +37,11 @@ _HOME = {
     "HeadTable": "workbench.tables:HeadTable",
     "Model": "workbench.models:Model",
     "PromptPairs": "workbench.prompts:PromptPairs",
+    "ablate": "workbench.interventions:ablate",
     "attention_sinks": "workbench.analyzers.attention_sinks:run",
     "extreme_tokens": "workbench.analyzers.extreme_tokens:run",
+    "direct_effects": "workbench.patching.direct_effects:direct_effects",
+    "head_effects": "workbench.patching.head_effects:head_effects",
     "head_patterns": "workbench.analyzers.head_patterns:run",
     "load_model": "workbench.models:load_model",
     "wrap_model": "workbench.models:wrap_model",
@@ -52,6 +59,10 @@ __all__ = [  # noqa: RUF022
     "open_cache",
     "Cache",
     "extreme_tokens",
+    "head_effects",
+    "direct_effects",
+    "Ablation",
+    "ablate",
     "edge_effects",
     "EdgeEffects",
     "compare",
