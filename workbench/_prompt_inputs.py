@@ -1,6 +1,6 @@
 """Reading of what users hand to `PromptPairs`; every failure names argument, prompt, value and remedy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -126,9 +126,13 @@ def stack(rows: Sequence[Tensor], fill: int) -> Tensor:
 
 
 def tokenise_pairs(
-    model: TextModel, clean: Sequence[str], corrupted: Sequence[str], bos: bool | None
+    model: TextModel,
+    clean: Sequence[str],
+    corrupted: Sequence[str],
+    bos: bool | None,
+    where: Callable[[int], str] = "prompt {}".format,
 ) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"], Int[Tensor, " n"]]:
-    """Both versions as right-padded ids, and their common lengths.
+    """Both versions as right-padded ids, and their common lengths; `where` names a prompt in errors.
 
     Raises:
         PromptError: if there is no text, the counts differ, or the versions of a prompt differ in tokens.
@@ -145,15 +149,20 @@ def tokenise_pairs(
     for row in (lengths != other_lengths).nonzero().flatten().tolist():
         ours, theirs = int(lengths[row]), int(other_lengths[row])
         raise PromptError(
-            f"prompt {row}: clean is {ours} tokens and corrupted is {theirs}; patching lines them up token by token. "
+            f"{where(row)}: clean is {ours} tokens and corrupted is {theirs}; patching lines them up token by token. "
             f"Clean: {model.to_str_tokens(tokens[row, :ours])}, "
             f"corrupted: {model.to_str_tokens(others[row, :theirs])}. Reword one of them until both have as many tokens"
         )
     return tokens, others, lengths
 
 
-def word_ids(model: TextModel, name: str, words: Sequence[str] | Sequence[Sequence[str]]) -> Tensor:
-    """Ids `[n, k]` of words that must each be a single token.
+def word_ids(
+    model: TextModel,
+    name: str,
+    words: Sequence[str] | Sequence[Sequence[str]],
+    where: Callable[[int], str] | None = None,
+) -> Tensor:
+    """Ids `[n, k]` of words that must each be a single token; `where` names a prompt's entry in errors.
 
     Raises:
         PromptError: naming the word, the tokens it falls into, and what could be done.
@@ -166,7 +175,7 @@ def word_ids(model: TextModel, name: str, words: Sequence[str] | Sequence[Sequen
         for word in [entry] if isinstance(entry, str) else entry:
             token = model.single_token(word)
             if token is None:
-                raise PromptError(_not_single(model, f"{name}[{row}]", word))
+                raise PromptError(_not_single(model, where(row) if where else f"{name}[{row}]", word))
             ids.append(token)
         rows.append(ids)
     return id_sets(name, rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 from workbench import _prompt_checks as checks
 from workbench import _prompt_inputs as inputs
 from workbench._prompt_checks import ABSENT
-from workbench._prompt_csv import read_csv
+from workbench._prompt_csv import check_ids, read_csv
 from workbench._prompt_inputs import TextModel
 from workbench.errors import PromptError
 
@@ -196,18 +196,22 @@ class PromptPairs:
 
         Raises:
             DataError: if the file cannot be read.
-            PromptError: if columns are missing or a row is wrong; the message names the row.
+            PromptError: if columns are missing, or in a row the two texts are the same or differ in their number of
+                tokens, an answer is not a single token or both right and wrong; the message names file and line.
         """
         table = read_csv(Path(path))
-        tokens, others, lengths = inputs.tokenise_pairs(model, table.clean, table.corrupted, bos)
+        tokens, others, lengths = inputs.tokenise_pairs(
+            model, table.clean, table.corrupted, bos, table.where.__getitem__
+        )
         if table.as_ids:
+            check_ids(table, model.spec.d_vocab)
             answers, wrong = (
                 inputs.id_sets("correct_idx", table.correct),
                 inputs.id_sets("incorrect_idx", table.incorrect),
             )
         else:
-            answers = inputs.word_ids(model, "correct", table.correct)
-            wrong = inputs.word_ids(model, "incorrect", table.incorrect)
+            answers = inputs.word_ids(model, "correct", table.correct, lambda row: f"{table.where[row]}: correct")
+            wrong = inputs.word_ids(model, "incorrect", table.incorrect, lambda row: f"{table.where[row]}: incorrect")
         return cls.from_tokens(
             tokens,
             others,

@@ -11,17 +11,68 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workbench_circuits._competence import Competence, competence
+    from workbench_circuits._competence import Competence, Survey, competence, survey
+    from workbench_circuits.circuit import Circuit
+    from workbench_circuits.criteria import completeness, minimality
+    from workbench_circuits.discovery import acdc, discover, stability
+    from workbench_circuits.evaluation import curves, edge_roc, evaluate, head_roc, random_circuits, roc
+    from workbench_circuits.overlap import Overlap, overlap
+    from workbench_circuits.run import CircuitRun, CircuitRunner, run_circuit, run_circuits
     from workbench_circuits.tasks import Task, load_task
 
 _HOME = {
+    "Circuit": "workbench_circuits.circuit:Circuit",
+    "completeness": "workbench_circuits.criteria:completeness",
+    "minimality": "workbench_circuits.criteria:minimality",
+    "acdc": "workbench_circuits.discovery:acdc",
+    "discover": "workbench_circuits.discovery:discover",
+    "stability": "workbench_circuits.discovery:stability",
+    "curves": "workbench_circuits.evaluation:curves",
+    "edge_roc": "workbench_circuits.evaluation:edge_roc",
+    "evaluate": "workbench_circuits.evaluation:evaluate",
+    "head_roc": "workbench_circuits.evaluation:head_roc",
+    "random_circuits": "workbench_circuits.evaluation:random_circuits",
+    "roc": "workbench_circuits.evaluation:roc",
+    "Overlap": "workbench_circuits.overlap:Overlap",
+    "overlap": "workbench_circuits.overlap:overlap",
+    "CircuitRun": "workbench_circuits.run:CircuitRun",
+    "CircuitRunner": "workbench_circuits.run:CircuitRunner",
+    "run_circuit": "workbench_circuits.run:run_circuit",
+    "run_circuits": "workbench_circuits.run:run_circuits",
     "Competence": "workbench_circuits._competence:Competence",
     "Task": "workbench_circuits.tasks:Task",
+    "Survey": "workbench_circuits._competence:Survey",
     "competence": "workbench_circuits._competence:competence",
     "load_task": "workbench_circuits.tasks:load_task",
+    "survey": "workbench_circuits._competence:survey",
 }
 
-__all__ = ["Competence", "Task", "competence", "load_task"]
+__all__ = [
+    "Circuit",
+    "CircuitRun",
+    "CircuitRunner",
+    "Competence",
+    "Overlap",
+    "Survey",
+    "Task",
+    "acdc",
+    "competence",
+    "completeness",
+    "curves",
+    "discover",
+    "edge_roc",
+    "evaluate",
+    "head_roc",
+    "load_task",
+    "minimality",
+    "overlap",
+    "random_circuits",
+    "roc",
+    "run_circuit",
+    "run_circuits",
+    "stability",
+    "survey",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """Whether a model can do a task at all: without that, its circuit for the task means nothing."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -65,6 +66,19 @@ class Competence:
         return self.accuracy.ci_low > self.chance and self.metric_clean.ci_low > 0
 
     @property
+    def can_do(self) -> bool:
+        """Whether the model does better than a guess, by `RULE`: if not, a circuit found here explains no skill."""
+        return self.above_chance
+
+    @property
+    def mark(self) -> str:
+        """What to write beside every number and figure made from this task; empty if the model solves it."""
+        if self.solved:
+            return ""
+        shares = f"{_percent(self.accuracy)} right, chance {100 * self.chance:.0f} %"
+        return f"above chance only: {shares}" if self.above_chance else f"NOT SOLVED: {shares}"
+
+    @property
     def solved(self) -> bool:
         """Whether the model can do the task, by `RULE`."""
         return self.above_chance and self.accuracy.ci_low > (1 + self.chance) / 2
@@ -94,6 +108,7 @@ class Competence:
                 "unit": unit,
                 "chance": self.chance if quantity == "accuracy" else None,
                 "verdict": self.verdict,
+                "mark": self.mark,
                 "model": self.model,
                 "data_hash": self.data_hash,
                 "seed": self.seed,
@@ -120,6 +135,104 @@ class Competence:
             f"logit difference {_logits(self.metric_clean)} clean and {_logits(self.metric_corrupted)} corrupted"
             f"{f' ({self.corruption})' if self.corruption else ''}."
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """How well a model does several tasks.
+
+    Attributes:
+        results: one for each task and corruption.
+        refused: for each task of which this model's tokenizer can make no prompts, why.
+    """
+
+    results: tuple[Competence, ...]
+    refused: Mapping[str, str]
+
+    @property
+    def frame(self) -> "pd.DataFrame":
+        """The rows of every `Competence.frame`."""
+        import pandas as pd
+
+        return pd.concat([result.frame for result in self.results], ignore_index=True)
+
+    @property
+    def text(self) -> str:
+        """A table for the terminal, with the rule below it."""
+        head = (
+            "task",
+            "corruption",
+            "n",
+            "right",
+            "chance",
+            "first of all",
+            "logit diff clean",
+            "corrupted",
+            "verdict",
+        )
+        lines = [head] + [
+            (
+                result.task or "",
+                result.corruption or "",
+                str(result.n),
+                _percent(result.accuracy),
+                f"{100 * result.chance:.0f} %",
+                _percent(result.top1),
+                _logits(result.metric_clean),
+                _logits(result.metric_corrupted),
+                result.verdict,
+            )
+            for result in self.results
+        ]
+        widths = [max(len(line[at]) for line in lines) for at in range(len(head))]
+        rows = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        return "\n".join([*rows, *(f"{name}: {reason}" for name, reason in self.refused.items()), RULE])
+
+
+def survey(
+    model: Model,
+    *,
+    tasks: Sequence[str] | None = None,
+    n: int = 60,
+    seed: int = 0,
+    every_corruption: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Survey:
+    """Measure how well a model does several tasks.
+
+    Args:
+        model: the model.
+        tasks: their names; default: all.
+        n: prompts a task.
+        seed: seed of the prompts.
+        every_corruption: measure each task with all its corruptions instead of the first.
+        progress: called with a sentence about each task.
+
+    Raises:
+        PromptError: for an unknown task, if `n` is below 1, or if not one task can be measured.
+    """
+    from workbench_circuits.tasks import TASKS, load_task
+
+    if n < 1:
+        raise PromptError(f"n={n} prompts a task: ask for at least 1")
+    results: list[Competence] = []
+    refused: dict[str, str] = {}
+    for name in TASKS if tasks is None else tasks:
+        task = load_task(name)
+        for corruption in task.corruptions if every_corruption else task.corruptions[:1]:
+            try:
+                pairs = task.pairs(model, n, seed=seed, corruption=corruption)
+            except PromptError as error:
+                refused[task.name] = str(error)
+                break
+            results.append(competence(model, pairs))
+            if progress is not None:
+                progress(results[-1].sentence)
+    if not results:
+        raise PromptError(f"no task could be measured: {'; '.join(refused.values())}")
+    return Survey(results=tuple(results), refused=refused)
 
 
 def competence(model: Model, pairs: PromptPairs, *, batch_size: int = 32) -> Competence:

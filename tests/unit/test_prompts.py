@@ -234,7 +234,7 @@ def test_csv_of_words_equals_from_texts(model, tmp_path):
     ("text", "words"),
     [
         ("clean,corrupted,correct\nMary,John, Tom\n", r"\['incorrect'\].*header must name"),
-        ("", r"lacks the columns"),
+        ("", r"is empty: its first line must name the columns"),
         ("clean,corrupted,correct,incorrect\n", "no rows"),
         ("clean,corrupted,correct,incorrect\nMary and,John and, Tom\n", "line 2: incorrect is empty"),
         ("clean,corrupted,correct,incorrect\nMary and,,x,y\n", "line 2: corrupted is empty"),
@@ -242,8 +242,15 @@ def test_csv_of_words_equals_from_texts(model, tmp_path):
         ("clean,corrupted,correct_idx,incorrect_idx\nMary and,John and,5,6.5\n", "line 2: incorrect_idx is '6.5'"),
         ("clean,corrupted,correct_idx,incorrect_idx\nMary and,John and,[],6\n", "line 2: correct_idx"),
         ("clean,corrupted,correct_idx,incorrect_idx\nMary and,John and,5,999999\n", "999999.*vocabulary"),
-        ("clean,corrupted,correct,incorrect\nMary and,John and, Mary-Ann, Tom\n", r"correct\[0\].*3 tokens"),
-        ("clean,corrupted,correct,incorrect\nMary and,John, Mary, Tom\n", "prompt 0: clean is 2.*corrupted is 1"),
+        ("clean,corrupted,correct,incorrect\nMary and,John and, Mary-Ann, Tom\n", r"line 2: correct is.*3 tokens"),
+        ("clean,corrupted,correct,incorrect\nMary and,John, Mary, Tom\n", "line 2: clean is 2 .*corrupted is 1"),
+        ("clean,corrupted,correct,incorrect\nMary and,John and, Tom, Tom\n", "line 2: ' Tom' is in correct and in inc"),
+        ("clean,corrupted,correct,incorrect\nMary and,Mary and, Tom, John\n", "line 2: clean and corrupted are both"),
+        ("clean,corrupted,correct,incorrect\nMary, and,John, and, Tom, Jo\n", "line 2: 6 cells for 4 columns.*quotes"),
+        (
+            "clean,corrupted,correct_idx,incorrect_idx\nMary and,John and,5,5\n",
+            "line 2: 5 is in correct_idx and in inc",
+        ),
     ],
 )
 def test_wrong_csv(model, tmp_path, text, words):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from workbench.errors import OutputError, PromptError
 
 if TYPE_CHECKING:
     from workbench.models import Model
@@ -14,8 +17,44 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    verb = typer.Typer(no_args_is_help=True, help="List tasks, show their prompts, measure competence.")
+    verb = typer.Typer(invoke_without_command=True, help="List tasks, show their prompts, measure competence.")
     app.add_typer(verb, name="task")
+
+    @verb.callback()
+    def every(
+        context: typer.Context,
+        measure_all: Annotated[bool, typer.Option("--all", help="Measure how well the model does every task.")] = False,
+        model: Annotated[
+            str | None,
+            typer.Option(help="Name, Hugging Face id, folder or .gguf file; default: SmolLM2-135M-Instruct."),
+        ] = None,
+        n: Annotated[int, typer.Option("--n", min=1, help="Prompts a task.")] = 60,
+        seed: Annotated[int, typer.Option(help="Seed the prompts are drawn with.")] = 0,
+        out: Annotated[Path | None, typer.Option(help="Write the numbers to this CSV file too.")] = None,
+        device: Annotated[str | None, typer.Option(help="For example cpu or cuda.")] = None,
+        dtype: Annotated[str | None, typer.Option(help="For example float32 or bfloat16.")] = None,
+    ) -> None:
+        """List tasks, show their prompts, measure competence."""
+        if context.invoked_subcommand is not None:
+            if measure_all:
+                raise PromptError(f"--all belongs to `workbench task` alone, not to {context.invoked_subcommand}")
+            return
+        if not measure_all:
+            print(context.get_help())
+            return
+        from workbench.cli.console import open_model, progress
+        from workbench_circuits._competence import survey
+
+        say = progress()
+        found = survey(open_model(model, device=device, dtype=dtype, say=say), n=n, seed=seed, progress=say)
+        print(found.text)
+        if out is not None:
+            try:
+                found.frame.to_csv(out, index=False)
+            except OSError as error:
+                raise OutputError(
+                    f"--out {out} cannot be written ({error}): give a file in an existing folder"
+                ) from None
 
     @verb.command("list")
     def list_tasks() -> None:

@@ -3,14 +3,14 @@
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from workbench.errors import PromptError
-from workbench.prompts import PromptPairs, TextModel
+from workbench.prompts import ABSENT, PromptPairs, TextModel
 
 _ATTEMPTS = 1000
 
@@ -26,22 +26,24 @@ class Example:
     Attributes:
         clean: the clean prompt.
         corrupted: corrupted prompt by name of the corruption.
-        answer: the right next word of the clean prompt, with its leading space.
-        wrong_answer: by name of the corruption, the word it is held against.
+        answer: the right next word of the clean prompt, with its leading space; several if all of them are right.
+        wrong_answer: by name of the corruption, the word or words it is held against.
         candidates: words among which accuracy is counted.
         template: name of the template, as `PromptPairs.templates` has it.
         marks: named positions, each the n-th occurrence of a word, both without leading space.
         after: named positions that come right after a mark.
+        at: named positions of tokens that are no word, each by the place in the text at which the token begins.
     """
 
     clean: str
     corrupted: Mapping[str, str]
-    answer: str
-    wrong_answer: Mapping[str, str]
+    answer: str | tuple[str, ...]
+    wrong_answer: Mapping[str, str | tuple[str, ...]]
     candidates: tuple[str, ...]
     template: str
     marks: Mapping[str, Mark]
-    after: Mapping[str, str]
+    after: Mapping[str, str] = field(default_factory=dict)
+    at: Mapping[str, int] = field(default_factory=dict)
 
 
 Maker = Callable[[random.Random, int], Example]
@@ -56,7 +58,7 @@ class Task(ABC):
         title: name in figures and sentences.
         description: one sentence.
         corruptions: names of the ways to corrupt a prompt; the first is the default.
-        chance: accuracy of a guess among the candidates.
+        chance: accuracy of a guess among the candidates, on average over prompts.
         source: the paper that the task comes from.
     """
 
@@ -69,7 +71,23 @@ class Task(ABC):
     @property
     @abstractmethod
     def chance(self) -> float:
-        """Accuracy of a guess among the candidates."""
+        """Accuracy of a guess among the candidates, on average over prompts."""
+
+    @staticmethod
+    def from_function(function: Callable[[random.Random], Mapping[str, Any]], **named: Any) -> "Task":
+        """A task of your own, from a Python function that draws one prompt; see `tasks.custom.FunctionTask`.
+
+        Args:
+            function: takes a `random.Random` and returns a mapping with `clean`, `corrupted`, `correct`, `incorrect`,
+                and if you like `candidates`, `template` and `spans`.
+            **named: `name`, `title`, `description`, `chance`, `source`; made from the function where left out.
+
+        Raises:
+            PromptError: if it is no function.
+        """
+        from workbench_circuits.tasks.custom import FunctionTask
+
+        return FunctionTask.of(function, **named)
 
     @abstractmethod
     def maker(self, model: TextModel, split: Split | None) -> Maker:
@@ -109,8 +127,8 @@ class Task(ABC):
             model,
             [example.clean for example in chosen],
             [example.corrupted[corruption] for example in chosen],
-            [example.answer for example in chosen],
-            [example.wrong_answer[corruption] for example in chosen],
+            [_several(example.answer) for example in chosen],
+            [_several(example.wrong_answer[corruption]) for example in chosen],
             candidates=[example.candidates for example in chosen],
             templates=[example.template for example in chosen],
             task=self.name,
@@ -118,9 +136,10 @@ class Task(ABC):
             seed=seed,
         )
         rows = [row[:length] for row, length in zip(pairs.clean.tolist(), pairs.lengths.tolist(), strict=True)]
+        names = dict.fromkeys(name for each in chosen for name in (*each.marks, *each.after, *each.at))
         spans = {
             name: torch.tensor([find(example, row, model, name) for example, row in zip(chosen, rows, strict=True)])
-            for name in (*chosen[0].marks, *chosen[0].after)
+            for name in names
         }
         spans["END"] = pairs.answer_positions
         return replace(pairs, spans={name: at.to(pairs.clean.device) for name, at in spans.items()})
@@ -141,12 +160,20 @@ class Task(ABC):
         return list(found.values())
 
 
+def _several(words: str | tuple[str, ...]) -> list[str]:
+    return [words] if isinstance(words, str) else list(words)
+
+
 def find(example: Example, row: Sequence[int], model: TextModel, name: str) -> int:
-    """Position of a named mark in the tokens of the clean prompt.
+    """Position of a named mark in the tokens of the clean prompt; `ABSENT` if this example has none of that name.
 
     Raises:
-        PromptError: if the word is not there as the token it is by itself.
+        PromptError: if the word is not there as the token it is by itself, or no token begins at the place.
     """
+    if name in example.at:
+        return _token_at(example, row, model, name)
+    if example.after.get(name, name) not in example.marks:
+        return ABSENT
     word, occurrence = example.marks[example.after.get(name, name)]
     token = model.single_token(f" {word}")
     places = [at for at, other in enumerate(row) if other == token]
@@ -156,6 +183,21 @@ def find(example: Example, row: Sequence[int], model: TextModel, name: str) -> i
             f"{name}: this tokenizer splits words by their surroundings; use PromptPairs.from_tokens"
         )
     return places[occurrence] + (name in example.after)
+
+
+def _token_at(example: Example, row: Sequence[int], model: TextModel, name: str) -> int:
+    place = example.at[name]
+    before = example.clean[:place]
+    if not before:
+        return int(model.prepends_bos)
+    ids, lengths = model.to_tokens([before])
+    found = ids[0, : int(lengths[0])].tolist()
+    if found != list(row[: len(found)]) or len(found) >= len(row):
+        raise PromptError(
+            f"no token of {example.clean!r} begins at character {place}, where {name} was looked for: this tokenizer "
+            "splits the text differently there; use PromptPairs.from_tokens"
+        )
+    return len(found)
 
 
 def one_of(what: str, value: str, known: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from workbench.prompts import TextModel
 from workbench_circuits.tasks.base import Example, Maker, Split, Task
-from workbench_circuits.tasks.words import read_lines, single_token_words, with_article
+from workbench_circuits.tasks.words import numbered_templates, single_token_words, with_article
 
 _ORDERS = ("ABBA", "BABA")
 
@@ -35,11 +35,7 @@ class IndirectObject(Task):
         names = single_token_words(model, "names.txt", at_least=5)
         places = single_token_words(model, "places.txt", at_least=1)
         objects = single_token_words(model, "objects_ioi.txt", at_least=1)
-        templates = [
-            (f"{family:02}", text)
-            for family, text in enumerate(read_lines("templates_ioi.txt"))
-            if split is None or (family % 2 == 0) == (split == "train")
-        ]
+        templates = numbered_templates("templates_ioi.txt", split)
 
         def make(draw: random.Random, index: int) -> Example:
             family, template = draw.choice(templates)

@@ -17,7 +17,7 @@ from workbench.prompts import PromptPairs
 from workbench_circuits.tasks import TASKS
 from workbench_circuits.tasks.words import read_lines, with_article
 
-CASES = [("ioi", "abc"), ("ioi", "s2_flip"), ("colored_objects", "mindiff")]
+CASES = [(name, corruption) for name in TASKS for corruption in wc.load_task(name).corruptions]
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "brown", "black"]
 
 
@@ -60,7 +60,7 @@ def differing(pairs):
 
 @pytest.mark.parametrize(("name", "corruption"), CASES)
 @given(n=st.integers(1, 30), seed=st.integers(0, 10**6))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_prompts_are_distinct_aligned_and_answered(name, corruption, n, seed):
     model = shared_model()
     pairs = wc.load_task(name).pairs(model, n, seed=seed, corruption=corruption)
@@ -71,16 +71,18 @@ def test_prompts_are_distinct_aligned_and_answered(name, corruption, n, seed):
     assert torch.equal(pairs.spans["END"], pairs.lengths - 1)
     assert torch.equal(pairs.answer_positions, pairs.lengths - 1)
     assert (pairs.first_difference < pairs.lengths).all()
-    assert all(text.count("  ") == 0 for both in texts(model, pairs) for text in both)
+    assert name == "docstring" or all(text.count("  ") == 0 for both in texts(model, pairs) for text in both)
+    assert {"END", *pairs.spans} == set(pairs.spans)
+    assert all((at >= 0).all() for at in pairs.spans.values())
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_the_same_seed_gives_the_same_prompts_in_another_process(model, name):
-    mine = wc.load_task(name).pairs(model, 6, seed=5)
+def test_the_same_seed_gives_the_same_prompts_in_another_process(model):
     code = (
         "import json, workbench_circuits as wc; from tiny_text import tiny_text_model;"
-        f"p = wc.load_task({name!r}).pairs(tiny_text_model(), 6, seed=5);"
-        "print(json.dumps([p.data_hash, p.templates, {k: v.tolist() for k, v in p.spans.items()}]))"
+        "from workbench_circuits.tasks import TASKS; model = tiny_text_model();"
+        "drawn = {name: wc.load_task(name).pairs(model, 6, seed=5) for name in TASKS};"
+        "print(json.dumps({name: [p.data_hash, p.templates, {k: v.tolist() for k, v in p.spans.items()}]"
+        " for name, p in drawn.items()}))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -91,8 +93,10 @@ def test_the_same_seed_gives_the_same_prompts_in_another_process(model, name):
         env={"PYTHONHASHSEED": "7", "PATH": "", "OMP_NUM_THREADS": "1"},
     )
     found = json.loads(out.stdout.strip().splitlines()[-1])
-    assert found == [mine.data_hash, list(mine.templates), {k: v.tolist() for k, v in mine.spans.items()}]
-    assert wc.load_task(name).pairs(model, 6, seed=6).data_hash != mine.data_hash
+    for name in TASKS:
+        mine = wc.load_task(name).pairs(model, 6, seed=5)
+        assert found[name] == [mine.data_hash, list(mine.templates), {k: v.tolist() for k, v in mine.spans.items()}]
+        assert wc.load_task(name).pairs(model, 6, seed=6).data_hash != mine.data_hash
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -110,8 +114,10 @@ def test_splits_share_no_template_family_and_cover_all(model, name):
 @pytest.mark.parametrize("name", TASKS)
 def test_chance_is_that_of_the_candidates(model, name):
     task = wc.load_task(name)
-    pairs = task.pairs(model, 4)
-    assert task.chance == pytest.approx(pairs.answers.shape[1] / pairs.candidates.shape[1])
+    pairs = task.pairs(model, 200)
+    shares = (pairs.answers >= 0).sum(1) / (pairs.candidates >= 0).sum(1)
+    spread = 3 * float(shares.std()) / 200**0.5
+    assert task.chance == pytest.approx(float(shares.mean()), abs=spread + 1e-6)
 
 
 @pytest.mark.parametrize(

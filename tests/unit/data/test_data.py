@@ -28,6 +28,12 @@ LISTS = {
     "places.txt": 20,
     "objects_colored.txt": 17,
     "colours.txt": 8,
+    "names_female.txt": 40,
+    "names_male.txt": 40,
+    "capitals.txt": 40,
+    "nouns_number.txt": 40,
+    "events.txt": 15,
+    "words_common.txt": 200,
 }
 SEPARATOR = "%%"
 SINK_LENGTH = 64  # tokens of a document that the attention-sink metric reads
@@ -265,7 +271,11 @@ def test_word_list(name: str) -> None:
     found = words(name)
     assert len(found) >= LISTS[name]
     assert len(found) == len(set(found))
-    pattern = r"[A-Z][a-z]+" if name == "names.txt" else r"[a-z]+"
+    pattern = {
+        "names": r"[A-Z][a-z]+",
+        "capitals.txt": r"[A-Z][a-z]+ [A-Z][a-z]+",
+        "nouns_number.txt": r"[a-z]+ [a-z]+",
+    }.get("names" if name.startswith("names") else name, r"[a-z]+")
     for word in found:
         assert re.fullmatch(pattern, word), word
     assert data_path(name).read_text(encoding="utf-8").startswith("# ")
@@ -290,7 +300,12 @@ def test_tokens_of_the_default_model(default_model: Model) -> None:
         _, lengths = default_model.to_tokens(documents(domain), bos=False)
         assert int(lengths.min()) >= SINK_LENGTH, domain
     single = {
-        name: [word for word in words(name) if default_model.single_token(f" {word}") is not None] for name in LISTS
+        name: [
+            line
+            for line in words(name)
+            if all(default_model.single_token(f" {word}") is not None for word in line.split())
+        ]
+        for name in LISTS
     }
     assert len(single["names.txt"]) >= 120
     assert len(single["objects_ioi.txt"]) >= 20
@@ -298,6 +313,8 @@ def test_tokens_of_the_default_model(default_model: Model) -> None:
     assert len(single["objects_colored.txt"]) >= 12
     assert all(default_model.single_token(f" {colour.capitalize()}") is not None for colour in words("colours.txt"))
     assert len(single["colours.txt"]) == 8
+    for name in ("names_female.txt", "names_male.txt", "nouns_number.txt", "capitals.txt"):
+        assert len(single[name]) >= 30, name
 
 
 # --- the README and the way to the files ----------------------------------------------------------
@@ -311,7 +328,10 @@ def test_readme_counts_are_right() -> None:
     assert f"\n{sum(texts.values())} documents" in readme
     rows = re.findall(r"^\| `(\w+\.txt)` \| +(\d+) \|", readme, re.MULTILINE)
     lists = {name: int(count) for name, count in rows}
-    assert lists == {name: len(words(name)) for name in LISTS}
+    assert set(LISTS) <= set(lists)
+    assert lists == {name: len(words(name)) for name in lists}
+    here = {path.name for path in data_path("README.md").parent.glob("*.txt")}
+    assert here == {*lists, "templates_ioi.txt"}
 
 
 def test_a_missing_file_is_named() -> None:
