@@ -130,7 +130,7 @@ def test_wrong_files(model, tmp_path, data, error, words):
 def test_lines_count_line_feeds_inside_quotes(model, tmp_path):
     path = tmp_path / "two.csv"
     path.write_text(f'{HEAD}\n"Mary\nand","John\nand", Tom, Mark\nMary,John and, Tom, Mark\n', encoding="utf-8")
-    with pytest.raises(PromptError, match="line 4: clean is 1 tokens and corrupted is 2"):
+    with pytest.raises(PromptError, match="line 5: clean is 1 tokens and corrupted is 2"):
         wc.load_task(path).pairs(model)
 
 
@@ -141,7 +141,7 @@ def test_a_missing_file_is_named(tmp_path):
         PromptError, match=r"task is 'iol'.*did you mean 'ioi'.*a \.csv file or package\.module:function"
     ):
         wc.load_task("iol")
-    with pytest.raises(PromptError, match="corruption of x.csv is 'abc'"):
+    with pytest.raises(PromptError, match=r"corruption of x\.csv is 'abc'"):
         CsvTask(path=tmp_path / "x.csv").pairs(tiny_text_model(), corruption="abc")
 
 
@@ -234,7 +234,7 @@ def test_a_function_that_repeats_itself_and_one_asked_for_a_split(model):
     task = wc.Task.from_function(broken(), name="always")
     with pytest.raises(PromptError, match="always gave only 1 different prompts where n=2"):
         task.pairs(model, 2)
-    with pytest.raises(PromptError, match="split='train' of always.*by_template=True"):
+    with pytest.raises(PromptError, match=r"split='train' of always.*by_template=True"):
         task.pairs(model, 1, split="train")
     with pytest.raises(PromptError, match=r"does not take \['colour'\]"):
         wc.Task.from_function(broken(), colour=1)
