@@ -22,10 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import workbench_kernels as kernels
 from workbench.models.weights import Linear, MLPWeights, Norm, at_least_float32, rotate
 from workbench.patching.deltas import sender_deltas
 from workbench.patching.gradients import Gradients, folded, gradients, unit_stream
 from workbench.patching.graph import Edges, Sender
+from workbench.patching.kernel_scores import KernelScores, served_by_kernels
+from workbench.patching.precision import Precision
 from workbench.patching.runs import Runs
 from workbench.patching.sweep import Group, by_receiver_layer
 
@@ -34,13 +37,17 @@ MLP_ROWS = 4096
 
 
 @torch.no_grad()
-def receiver_exact_effects(runs: Runs, edges: Edges, *, budget_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def receiver_exact_effects(
+    runs: Runs, edges: Edges, *, budget_bytes: int, precision: Precision = "fp32"
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Receiver-exact effects of edges; edges to `logits` come out exact.
 
     Args:
         runs: caches of the prompts.
         edges: the edges.
         budget_bytes: bound on temporary memory; scores of fewer senders are held at a time under a small one.
+        precision: how float32 operands of products are read. The caller sets torch to it; here it chooses what kernels
+            do, and that an empty patch is taken off where it would have an effect by rounding alone.
 
     Yields:
         Indices into `edges` and their effects `[edges, n]`, receiver layer by receiver layer.
@@ -48,19 +55,24 @@ def receiver_exact_effects(runs: Runs, edges: Edges, *, budget_bytes: int) -> It
     at = gradients(runs)
     sweep = by_receiver_layer(edges)
     deltas = sender_deltas(runs, edges.graph, sweep.senders)
+    senders = [edges.graph.senders[number] for number in sweep.senders]
+    rounded = precision != "fp32"
+    base_value = runs.metric.read(runs.final) if rounded else runs.base_value
+    fused = None
+    if served_by_kernels(runs):
+        fused = KernelScores(runs, at, senders, precision=precision, budget_bytes=budget_bytes)
     view: _Normed | None = None
     for group in sweep.groups:
         seen = deltas[:, :, : group.readable]
         if group.kind == "logits":
             moved = runs.final + runs.window.at_answer(seen.permute(2, 0, 1, 3)).squeeze(-2)
-            effects = (runs.metric.read(moved) - runs.base_value).T.unsqueeze(-1)
+            effects = (runs.metric.read(moved) - base_value).T.unsqueeze(-1)
         elif group.kind == "mlp":
-            senders = [edges.graph.senders[number] for number in sweep.senders[: group.readable]]
-            effects = _mlp(runs, at, group, seen, senders)
+            effects = _mlp(runs, at, group, seen, senders[: group.readable], rounded)
         else:
             if view is None or view.layer != group.layer or view.deltas.shape[2] < group.readable:
                 view = _Normed.of(runs, group.layer, seen)
-            effects = _attention(runs, at, group, view, budget_bytes)[:, : group.readable]
+            effects = _attention(runs, at, group, view, budget_bytes, fused)[:, : group.readable]
         yield group.index, effects[:, group.sender_column, group.receiver_column].T
 
 
@@ -111,6 +123,8 @@ def _patched_inverse(
     """1/sigma of every patched stream, from `x.x`, `x.d` and `d.d`."""
     if norm.kind == "none":
         return sigma.new_ones(deltas.shape[:2])
+    if kernels.backend_for(deltas) == "triton":
+        return kernels.inverse_sigma(norm.kind, unit[None], sigma[None], deltas[None], eps=norm.eps)[0]
     d_model = deltas.shape[-1]
     square = torch.linalg.vector_norm(deltas, dim=-1, dtype=sigma.dtype).square()
     if norm.kind == "layernorm":
@@ -128,11 +142,18 @@ def _project(
 
 
 def _attention(
-    runs: Runs, at: Gradients, group: Group, view: _Normed, budget_bytes: int
+    runs: Runs, at: Gradients, group: Group, view: _Normed, budget_bytes: int, fused: KernelScores | None
 ) -> Float[Tensor, "n senders heads"]:
     spec = runs.weights.spec
     if group.kind == "v":
-        return _value_edges(runs, at, group, view)
+        return _value_edges(
+            runs, group, view, _value_gradient(runs, at, group) if fused is None else fused.value_gradient(group)
+        )
+    if fused is not None:
+        layer, is_query = runs.weights.layers[group.layer], group.kind == "q"
+        matrices = (layer.W_Q if is_query else layer.W_K)[group.heads]
+        constant = _constant(layer.qkv.biases[0 if is_query else 1], layer.ln1, matrices, torch.tensor(group.heads))
+        return fused.effects(group, view.deltas, view.inverse, view.unit, view.sigma, constant)
     n, width, n_senders, _ = view.deltas.shape
     is_query = group.kind == "q"
     repeats = 1 if is_query else spec.group_size
@@ -202,17 +223,24 @@ def _key_effects(
     return (patched.softmax(1) * own_worth[:, :, None]).sum((1, 3)) - _base_effects(runs, layer, heads, worth)
 
 
-def _value_edges(runs: Runs, at: Gradients, group: Group, view: _Normed) -> Float[Tensor, "n senders heads"]:
-    """The pattern is fixed, so a value edge is linear in the normalised stream."""
-    spec, layer = runs.weights.spec, runs.weights.layers[group.layer]
-    rows = torch.arange(len(runs.window.start), device=view.deltas.device)[:, None]
+def _value_gradient(runs: Runs, at: Gradients, group: Group) -> Float[Tensor, "n width heads d_head"]:
+    """Gradient at the values of a group's receivers: attention paid to each, times the gradient at z."""
+    spec = runs.weights.spec
+    rows = torch.arange(len(runs.window.start), device=runs.final.device)[:, None]
     pattern = runs.patterns[group.layer].transpose(1, 3)[rows, runs.window.positions].transpose(1, 3)
     gradient = at.z[group.layer].to(pattern.dtype)
     pulled = torch.einsum("nhtu,nthe->nuhe", pattern, gradient)
-    pulled = pulled.unflatten(2, (spec.n_kv_heads, spec.group_size)).sum(3)[:, :, group.heads]
+    return pulled.unflatten(2, (spec.n_kv_heads, spec.group_size)).sum(3)[:, :, group.heads]
+
+
+def _value_edges(
+    runs: Runs, group: Group, view: _Normed, pulled: Float[Tensor, "n width heads d_head"]
+) -> Float[Tensor, "n senders heads"]:
+    """The pattern is fixed, so a value edge is linear in the normalised stream."""
+    layer, dtype = runs.weights.layers[group.layer], pulled.dtype
     lines = torch.einsum("nuge,ged->nugd", pulled.to(view.deltas.dtype), folded(layer.ln1, layer.W_V[group.heads]))
-    base = _project(view.unit[:, :, None], lines).to(pattern.dtype)
-    moved = _project(view.deltas, lines).to(pattern.dtype)
+    base = _project(view.unit[:, :, None], lines).to(dtype)
+    moved = _project(view.deltas, lines).to(dtype)
     patched = (base * view.sigma[..., None, None] + moved) * view.inverse[..., None]
     return (patched - base).sum(1)
 
@@ -312,7 +340,7 @@ class _Projected:
 
 
 def _mlp(
-    runs: Runs, at: Gradients, group: Group, deltas: Tensor, senders: Sequence[Sender]
+    runs: Runs, at: Gradients, group: Group, deltas: Tensor, senders: Sequence[Sender], rounded: bool
 ) -> Float[Tensor, "n senders 1"]:
     """The MLP's output map is contracted with the gradient once; only its hidden layer is recomputed.
 
@@ -334,7 +362,7 @@ def _mlp(
     fixed = [(unit.to(x.dtype) @ row) * sigma[:, None].to(x.dtype) for row in rows]
     added = [_bias_through(layer.ln2, m) for m in maps]
     base = _hidden(mlp, [f / sigma[:, None].to(x.dtype) for f in fixed], added)
-    base_worth = (base * worth).sum(-1, dtype=dtype)
+    base_worth = None if rounded else (base * worth).sum(-1, dtype=dtype)
     spec = runs.weights.spec
     low_rank = len(live) * (spec.d_model - spec.d_head) > spec.d_head * spec.d_model
     size = max(1, MLP_ROWS // max(1, len(live)))
@@ -342,12 +370,12 @@ def _mlp(
     heads = [c for c in columns if low_rank and senders[c].kind == "head"]
     for part in _chunks([c for c in columns if c not in set(heads)], size):
         moved = [flat[:, part].transpose(0, 1) @ row for row in rows]
-        _score_hidden(mlp, part, moved, fixed, added, inverse, worth, base_worth, found, live)
+        _score_hidden(mlp, part, moved, fixed, added, inverse, worth, base, base_worth, found, live)
     for part in _chunks(heads, size):
         mixed = torch.stack([runs.delta_z[senders[c].layer, senders[c].head].flatten(0, 1)[live] for c in part])
         outs = torch.stack([runs.weights.layers[senders[c].layer].W_O[senders[c].head] for c in part])
         moved = [mixed @ (outs @ row) for row in rows]
-        _score_hidden(mlp, part, moved, fixed, added, inverse, worth, base_worth, found, live)
+        _score_hidden(mlp, part, moved, fixed, added, inverse, worth, base, base_worth, found, live)
     return found.T.unflatten(0, deltas.shape[:2]).sum(1).unsqueeze(-1)
 
 
@@ -359,15 +387,22 @@ def _score_hidden(
     added: list[Tensor | None],
     inverse: Float[Tensor, "rows senders"],
     worth: Float[Tensor, "rows d_mlp"],
-    base_worth: Float[Tensor, "rows"],
+    base: Float[Tensor, "rows d_mlp"],
+    base_worth: Float[Tensor, "rows"] | None,
     found: Float[Tensor, "senders all_rows"],
     live: Tensor,
 ) -> None:
-    """Score some senders on an MLP from their projected deltas, into `found`."""
+    """Score some senders on an MLP from their projected deltas, into `found`.
+
+    Without `base_worth` it is the change of hidden activations that meets `worth`: what products round is then small.
+    """
     scale = inverse[:, part].T[..., None].to(worth.dtype)
     hidden = _hidden(mlp, [(m.add_(f)).mul_(scale) for m, f in zip(moved, fixed, strict=True)], added)
-    scores = (hidden.transpose(0, 1) @ worth[..., None]).squeeze(-1).T
-    found[torch.tensor(part)[:, None], live] = scores.to(found.dtype) - base_worth
+    if base_worth is None:
+        hidden = hidden - base
+    scores = (hidden.transpose(0, 1) @ worth[..., None]).squeeze(-1).T.to(found.dtype)
+    columns = torch.tensor(part, device=found.device)
+    found[columns[:, None], live] = scores if base_worth is None else scores - base_worth
 
 
 def _hidden(mlp: MLPWeights, projected: list[Tensor], added: list[Tensor | None]) -> Tensor:
