@@ -1,17 +1,20 @@
-"""Attention patterns reduced to scores as they come, a batch of sequences at a time."""
+"""Attention patterns reduced to scores: as they come, a batch of sequences at a time, or out of a capture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.errors import BudgetError, UnsupportedModelError
+from workbench.cache.collect import watch
+from workbench.cache.reductions import Reduction
+from workbench.errors import BudgetError, DataError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from workbench.cache import Cache
     from workbench.models import Model
 
 BUDGET = 256 * 2**20
@@ -71,23 +74,71 @@ def score_patterns(
         UnsupportedModelError: if queries of the model see later keys: the scores presume a causal mask.
         BudgetError: if one sequence does not fit the budget.
     """
-    if not model.spec.causal:
-        raise UnsupportedModelError(
-            f"the attention of {model.name} is not causal; scores of visible keys presume that a query sees "
-            "itself and what comes before it"
-        )
+    _check_causal(model.spec.causal, model.name)
     size = batch_size(model, tokens.shape[1], budget)
     batches = []
     for first in range(0, len(tokens), size):
         batch = tokens[first : first + size]
         layers: dict[int, Tensor] = {}
 
-        def observe(layer: int, pattern: Tensor, layers: dict[int, Tensor] = layers) -> None:
+        def see(site: str, layer: int, pattern: Tensor, layers: dict[int, Tensor] = layers) -> None:
             layers[layer] = score(pattern).to("cpu", torch.float64)
 
-        last = torch.full((len(batch),), tokens.shape[1] - 1, device=model.device)
-        model.forward(batch, observe={"pattern": observe}, unembed_positions=last)
+        watch(model, batch, {"pattern": range(model.spec.n_layers)}, see)
         batches.append(torch.stack([layers[layer] for layer in range(model.spec.n_layers)], dim=1))
         if progress is not None:
             progress(f"{label}: {first + len(batch)} of {len(tokens)} sequences")
     return torch.cat(batches)
+
+
+def cached_scores(
+    cache: Cache, reduction: Reduction, *, prompts: Sequence[int], length: int
+) -> Float[Tensor, "n n_layers n_heads scores"]:
+    """Scores of every head on sequences of a capture, as `score_patterns` computes them from a model.
+
+    Args:
+        cache: holds `pattern` of all layers, or what `reduction` made of it.
+        reduction: the score.
+        prompts: which of its prompts.
+        length: how many of their first tokens.
+
+    Returns:
+        Scores in float64.
+
+    Raises:
+        DataError: if the cache does not hold what is needed; the message says what to capture.
+        UnsupportedModelError: if queries of the model see later keys.
+    """
+    source = cache.provenance
+    _check_causal(bool(cache.manifest["capture"]["model"]["causal"]), source["model"]["name"])
+    reduced, pos = f"pattern.{reduction.label}", cache.tokens.shape[1]
+    every = tuple(range(source["n_layers"]))
+    whole = [name for name in ("pattern", reduced) if name in cache and cache.entries[name].layers == every]
+    remedy = f"capture(model, tokens, 'pattern', reduce={reduction.label!r}) with tokens of this length and all layers"
+    if int(cache.lengths[list(prompts)].min()) < length:
+        raise DataError(f"prompts of the cache have fewer than {length} tokens: lower length, or {remedy}")
+    if reduced in whole and pos == length:
+        layers = [cache.get(reduced, layer, prompts=prompts).double() for layer in every]
+        return torch.stack(layers, dim=1)
+    if "pattern" not in whole:
+        short = f" (of {pos} tokens; {length} are asked for)" if reduced in whole else ""
+        raise DataError(
+            f"the cache holds {', '.join(cache.names)}{short}, and this needs {reduced!r} or 'pattern' of all "
+            f"{len(every)} layers: {remedy}"
+        )
+    scores = []
+    for span in cache.shards:
+        inside = [index for index in prompts if span.start <= index < span.stop]
+        if inside:
+            full = torch.full((len(inside),), length)
+            found = [cache.get("pattern", layer, prompts=inside)[..., :length, :length] for layer in every]
+            scores.append(torch.stack([reduction.compute(each, full).double() for each in found], dim=1))
+    return torch.cat(scores)
+
+
+def _check_causal(causal: bool, name: str) -> None:
+    if not causal:
+        raise UnsupportedModelError(
+            f"the attention of {name} is not causal; scores of visible keys presume that a query sees "
+            "itself and what comes before it"
+        )

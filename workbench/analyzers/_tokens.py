@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
 
 DOMAINS = ("prose", "dialogue", "python", "c", "arithmetic", "tables", "logs", "german")
 """The text domains in `data/texts`, in the order in which documents are taken from them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """What an analysis runs a model on; `capture(model, s.tokens, ..., labels=s.labels)` gives it a cache to run on.
+
+    Attributes:
+        tokens: ids of sequences of one length.
+        labels: columns of text, one entry a sequence: `input`, the kind, and what else tells them apart.
+        notes: what is not as it was asked for.
+    """
+
+    tokens: Int[Tensor, "n pos"]
+    labels: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = field(default=())
 
 
 def ordinary_ids(model: Model) -> Int[Tensor, "ids"]:

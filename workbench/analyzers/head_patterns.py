@@ -16,17 +16,18 @@ Source: Wang et al., "Interpretability in the Wild", 2022, the random-token test
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.analyzers._patterns import BUDGET, score_patterns
+from workbench.analyzers._patterns import BUDGET, cached_scores, score_patterns
 from workbench.analyzers._rows import mean_shares, rows
-from workbench.analyzers._tokens import digest_of, random_ids
-from workbench.errors import PromptError
-from workbench.models.weights import at_least_float32
+from workbench.analyzers._tokens import Sequences, digest_of, random_ids
+from workbench.cache import Cache
+from workbench.cache.reductions import diagonal_means, diagonals
+from workbench.errors import DataError, PromptError
 
 if TYPE_CHECKING:
     from workbench.models import Model
@@ -61,14 +62,48 @@ def diagonal_scores(
             f"period {period} from position {start} on leaves nothing repeated among {keys} positions: "
             "expected start >= 0, period >= 2 and more than start + period positions"
         )
-    inner = pattern[..., start:, start:]
-    diagonals = [inner.diagonal(-offset, dim1=-2, dim2=-1) for offset in (1, period, period - 1)]
-    dtype = at_least_float32(pattern.dtype)
-    return torch.stack([diagonal.mean(-1, dtype=dtype) for diagonal in diagonals], dim=-1)
+    lengths = torch.full((len(pattern),), keys, device=pattern.device)
+    return diagonal_means(pattern, lengths, offsets=_offsets(period), start=start)
+
+
+def _offsets(period: int) -> tuple[int, int, int]:
+    """How far before the query the key of each of `METRICS` is."""
+    return (1, period, period - 1)
+
+
+def sequences(model: Model, *, n: int = 24, period: int = 100, seed: int = 0) -> Sequences:
+    """The repeated random tokens that `run` looks at.
+
+    A capture of them (`pattern`, whole or reduced to `diagonals(1, period, period - 1)`, with `start=1` where the
+    tokenizer puts a token in front) is what `run` takes in place of a model.
+
+    Args:
+        model: whose vocabulary and context it is.
+        n: sequences.
+        period: tokens before they repeat; the longest that fits where the context has no room for two.
+        seed: seed of the tokens.
+
+    Raises:
+        PromptError: if `n` is below 1 or `period` below 2, or the context is too short to repeat anything.
+    """
+    if n < 1 or period < 2:
+        raise PromptError(f"n is {n} and period is {period}: expected at least 1 sequence and a period of 2 tokens")
+    start = int(model.prepends_bos)
+    fits = (model.spec.n_ctx - start) // 2
+    if fits < 2:
+        raise PromptError(f"the context of {model.name} is {model.spec.n_ctx} tokens: too short to repeat anything")
+    notes: tuple[str, ...] = ()
+    if period > fits:
+        notes = (f"period {fits} in place of {period}: the context of {model.name} is {model.spec.n_ctx} tokens",)
+        period = fits
+    tokens = random_ids(model, n, period, seed=seed, stream="head_patterns").repeat(1, 2)
+    if start:
+        tokens = torch.cat([torch.full((n, 1), int(model.tokenizer.bos_token_id)), tokens], dim=1)
+    return Sequences(tokens=tokens, labels={"input": ("repeated_random",) * n}, notes=notes)
 
 
 def run(
-    model: Model,
+    model: Model | Cache,
     *,
     n: int = 24,
     period: int = 100,
@@ -83,7 +118,9 @@ def run(
     neither query nor key of a score.
 
     Args:
-        model: on either path.
+        model: on either path; or a capture of tokens that are repeated once, such as those of `sequences`. Of a
+            capture the sequences, their period and their seed are what they are: `n`, `period`, `seed` and `budget`
+            have no part.
         n: sequences.
         period: tokens before they repeat. Where the context has no room for two periods, the longest that fits is
             taken, and the provenance says so in `notes`.
@@ -97,33 +134,41 @@ def run(
     Raises:
         PromptError: if `n` is below 1 or `period` below 2, or the context is too short to repeat anything.
         BudgetError: if one sequence does not fit the budget.
+        DataError: if the capture is of other tokens, or does not hold the patterns or their diagonals.
         UnsupportedModelError: if attention is not causal.
     """
     import pandas as pd
 
     from workbench.tables import HeadTable, provenance
 
-    if n < 1 or period < 2:
-        raise PromptError(f"n is {n} and period is {period}: expected at least 1 sequence and a period of 2 tokens")
-    start = int(model.prepends_bos)
-    fits = (model.spec.n_ctx - start) // 2
-    if fits < 2:
-        raise PromptError(f"the context of {model.name} is {model.spec.n_ctx} tokens: too short to repeat anything")
-    notes = []
-    if period > fits:
-        notes.append(f"period {fits} in place of {period}: the context of {model.name} is {model.spec.n_ctx} tokens")
-        period = fits
-    tokens = random_ids(model, n, period, seed=seed, stream="head_patterns").repeat(1, 2)
-    if start:
-        tokens = torch.cat([torch.full((n, 1), int(model.tokenizer.bos_token_id)), tokens], dim=1)
-    scores = score_patterns(
-        model,
-        tokens,
-        lambda pattern: diagonal_scores(pattern, period=period, start=start),
-        budget=budget,
-        progress=progress,
-        label="repeated random tokens",
-    )
+    extra: dict[str, Any]
+    if isinstance(model, Cache):
+        tokens, path_taken = model.tokens, model.manifest["capture"]["model"]["path"]
+        period, start = _period_of(model)
+        scores = cached_scores(
+            model,
+            diagonals(*_offsets(period), start=start),
+            prompts=range(len(tokens)),
+            length=tokens.shape[1],
+        )
+        extra = {"n": len(tokens), "period": period, "bos_in_front": bool(start), "notes": []}
+        here = {"data_hash": digest_of(tokens), "capture": model.manifest["capture_id"]}
+        record = {**model.provenance, **extra, **here}
+    else:
+        drawn = sequences(model, n=n, period=period, seed=seed)
+        tokens, path_taken = drawn.tokens, model.path
+        start = int(model.prepends_bos)
+        period = (tokens.shape[1] - start) // 2
+        scores = score_patterns(
+            model,
+            tokens,
+            lambda pattern: diagonal_scores(pattern, period=period, start=start),
+            budget=budget,
+            progress=progress,
+            label="repeated random tokens",
+        )
+        extra = {"n": n, "period": period, "bos_in_front": bool(start), "notes": list(drawn.notes)}
+        record = provenance(model, data_hash=digest_of(tokens), seed=seed, **extra)
     frames = [
         rows(
             mean_shares(scores[..., index]),
@@ -133,11 +178,26 @@ def run(
             input="repeated_random",
             position=None,
             method=f"mean of a diagonal, 2 x {period} tokens",
-            path_taken=model.path,
+            path_taken=path_taken,
         )
         for index, metric in enumerate(METRICS)
     ]
-    record = provenance(
-        model, data_hash=digest_of(tokens), seed=seed, n=n, period=period, bos_in_front=bool(start), notes=notes
-    )
     return HeadTable(frame=pd.concat(frames, ignore_index=True), provenance=record)
+
+
+def _period_of(cache: Cache) -> tuple[int, int]:
+    """Period of the tokens of a capture, and the number of tokens before the first.
+
+    Raises:
+        DataError: if they are not repeated once from beginning to end.
+    """
+    tokens, pos = cache.tokens, cache.tokens.shape[1]
+    start = pos % 2
+    period = (pos - start) // 2
+    halves = tokens[:, start : start + period], tokens[:, start + period :]
+    if period < 2 or int(cache.lengths.min()) < pos or not torch.equal(*halves):
+        raise DataError(
+            f"the cache is of {len(tokens)} prompts of {pos} tokens that are not one stretch of tokens, twice over: "
+            "capture head_patterns.sequences(model).tokens"
+        )
+    return period, start

@@ -272,6 +272,7 @@ def estimate(
     largest = max(prod(site_shape(model, entry.site, pos)) for entry in entries) * max(4, model.dtype.itemsize)
     one = working_bytes(model, pos, pattern=any(entry.site == "pattern" for entry in entries)) + largest
     fixed, each = (0, one + kept) if stored else (n * kept, one)
+    each += each // 8  # what the allocator does not give back at once
     size = min(n, max(1, TOKENS_PER_BATCH // pos), max(1, (budget_bytes - fixed) // each))
     size = size if batch_size is None else min(batch_size, n)
     found = Estimate(

@@ -37,6 +37,7 @@ def new_manifest(
             "hash": model.model_hash,
             "dtype": str(model.dtype).removeprefix("torch."),
             "path": model.path,
+            "causal": model.spec.causal,
             "ungrouped": bool(model.provenance.get("ungrouped")),
         },
         "prompts": {"hash": prompts.digest(), "n": plan.n_prompts, "pos": plan.pos, "source": prompts.source},
