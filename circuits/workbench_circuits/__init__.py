@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from workbench_circuits.criteria import completeness, minimality
     from workbench_circuits.discovery import acdc, discover, stability
     from workbench_circuits.evaluation import curves, edge_roc, evaluate, head_roc, random_circuits, roc
+    from workbench_circuits.figure import circuit_figure, faithfulness_figure
     from workbench_circuits.overlap import Overlap, overlap
     from workbench_circuits.run import CircuitRun, CircuitRunner, run_circuit, run_circuits
     from workbench_circuits.tasks import Task, load_task
@@ -33,6 +34,8 @@ _HOME = {
     "head_roc": "workbench_circuits.evaluation:head_roc",
     "random_circuits": "workbench_circuits.evaluation:random_circuits",
     "roc": "workbench_circuits.evaluation:roc",
+    "circuit_figure": "workbench_circuits.figure:circuit_figure",
+    "faithfulness_figure": "workbench_circuits.figure:faithfulness_figure",
     "Overlap": "workbench_circuits.overlap:Overlap",
     "overlap": "workbench_circuits.overlap:overlap",
     "CircuitRun": "workbench_circuits.run:CircuitRun",
@@ -56,12 +59,14 @@ __all__ = [
     "Survey",
     "Task",
     "acdc",
+    "circuit_figure",
     "competence",
     "completeness",
     "curves",
     "discover",
     "edge_roc",
     "evaluate",
+    "faithfulness_figure",
     "head_roc",
     "load_task",
     "minimality",
