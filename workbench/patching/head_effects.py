@@ -6,6 +6,7 @@ what the unembedding reads. What lies between them is the indirect effect; where
 components make up for the loss (McGrath et al. 2023; Rushing & Nanda 2024).
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def head_effects(
         n=len(pairs),
         prompt_seed=pairs.seed,
         settings={**settings.__dict__, "budget_bytes": budget_bytes},
-        noise_floor=found.noise_floor,
+        noise_floor=None if math.isnan(found.noise_floor) else found.noise_floor,
         seconds=round(time.perf_counter() - began, 3),
         **extra,
     )
