@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,6 +24,7 @@ from workbench.patching.exact import exact_effects
 from workbench.patching.graph import Edges, Graph
 from workbench.patching.noise import noise_floor
 from workbench.patching.partial import PartialResult
+from workbench.patching.precision import Precision, check_precision, precision_error, products
 from workbench.patching.receiver_exact import receiver_exact_effects
 from workbench.patching.runs import Direction, Runs, make_runs, run_bytes
 from workbench.patching.verified import calibrate, select
@@ -34,6 +35,9 @@ Progress = Callable[[str], None]
 
 NOISE_PROMPTS = 4
 """Prompts on which the noise floor is measured."""
+
+ERROR_EDGES = 64
+"""Edges on which the error of rounded products is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Settings:
     steps: int
     budget_bytes: int
     seed: int
+    precision: Precision = "fp32"
 
 
 def edge_effects(
@@ -61,6 +66,7 @@ def edge_effects(
     top_k: int = 300,
     sample: int = 300,
     seed: int = 0,
+    precision: Precision = "fp32",
     budget_bytes: int = 2 * GIB,
     per_prompt: bool = False,
     resume: str | Path | None = None,
@@ -86,6 +92,8 @@ def edge_effects(
         top_k: strongest edges of each first-order method that `verified` computes exactly.
         sample: random further edges that `verified` computes exactly.
         seed: seed of that sample.
+        precision: how float32 operands of products are read: `fp32` as they are; `tf32`, `bf16` rounded, faster and
+            only on CUDA. The error that this makes is measured on a sample and stated in the provenance.
         budget_bytes: bound on the memory that the engine takes beside the weights.
         per_prompt: keep the effects of each prompt.
         resume: a folder in which unfinished work is kept; a later call with the same arguments goes on from there.
@@ -101,11 +109,18 @@ def edge_effects(
     """
     weights = model.fast_weights
     settings = Settings(
-        method=method, direction=direction, metric=metric, steps=steps, budget_bytes=budget_bytes, seed=seed
+        method=method,
+        direction=direction,
+        metric=metric,
+        steps=steps,
+        budget_bytes=budget_bytes,
+        seed=seed,
+        precision=precision,
     )
     from workbench.tables import provenance
 
     _check(settings, ablation)
+    check_precision(precision, weights.dtype, weights.device)
     for name, count in (("top_k", top_k), ("sample", sample)):
         if count < 0:
             raise PromptError(f"{name}={count} is negative: give a number of edges, 0 for none")
@@ -129,6 +144,7 @@ def edge_effects(
     else:
         values = work.sweep(chosen, method)
     base, floor = work.base()
+    floor = max([floor, *(error["root_mean_square"] for error in work.errors.values())])
     frame = effects_frame(
         chosen,
         values,
@@ -149,6 +165,7 @@ def edge_effects(
         task=pairs.task,
         corruption=pairs.corruption,
         settings={**settings.__dict__, "top_k": top_k, "sample": sample, "ablation": ablation},
+        precision_error=work.errors or {"noise_floor": floor},
         seconds=round(time.perf_counter() - began, 3),
     )
     if kept is not None:
@@ -252,9 +269,14 @@ class _Work:
         self.weights, self.pairs, self.settings, self.kept, self.say = weights, pairs, settings, kept, say
         self.base_values = np.full(len(pairs), np.nan)
         self.floor = float("nan")
+        self.errors: dict[str, dict[str, float]] = {}
 
     def _runs(self, batch: Tensor, *, trace: bool) -> Runs:
-        """Run a batch of prompts, noting the base metric, and the noise floor with the first."""
+        """Run a batch of prompts as precisely as can be, noting the base metric, and the noise floor with the first."""
+        with products("fp32", self.weights.device):
+            return self._precise_runs(batch, trace=trace)
+
+    def _precise_runs(self, batch: Tensor, *, trace: bool) -> Runs:
         runs = make_runs(
             self.weights,
             self.pairs.subset(batch),
@@ -290,15 +312,31 @@ class _Work:
             if not len(todo):
                 continue
             runs = self._runs(batch, trace=sweeping)
-            for index, effects in _effects(runs, edges[todo], how, self.settings):
-                values[np.ix_(todo[index.numpy()], columns)] = effects.cpu().numpy()
-                meter.add(effects.numel())
-                if self.kept is not None:
-                    self.kept.store(how, values)
+            with products(self.settings.precision, self.weights.device):
+                for index, effects in _effects(runs, edges[todo], how, self.settings):
+                    values[np.ix_(todo[index.numpy()], columns)] = effects.cpu().numpy()
+                    meter.add(effects.numel())
+                    if self.kept is not None:
+                        self.kept.store(how, values)
             del runs
         if self.kept is not None:
             self.kept.store(how, values, now=True)
+        if self.settings.precision != "fp32":
+            self.errors[how] = self._error(edges, how, values)
         return values
+
+    def _error(self, edges: Edges, how: str, values: np.ndarray) -> dict[str, float]:
+        """What rounded products cost: the same effects in float32, for some edges and the first batch of prompts."""
+        batch = _batches(self.weights, self.pairs, self.settings, edges.graph, sweeping=how != "exact")[0]
+        drawn = np.random.default_rng(self.settings.seed).choice(
+            len(edges), min(ERROR_EDGES, len(edges)), replace=False
+        )
+        runs = self._runs(batch, trace=how != "exact")
+        precise = np.zeros((len(drawn), len(batch)))
+        with products("fp32", self.weights.device):
+            for index, effects in _effects(runs, edges[drawn], how, replace(self.settings, precision="fp32")):
+                precise[index.numpy()] = effects.cpu().numpy()
+        return precision_error(values[np.ix_(drawn, batch.numpy())], precise)
 
     def base(self) -> tuple[float, float]:
         """Mean metric of the base run, and the noise floor."""
@@ -311,9 +349,9 @@ class _Work:
 def _effects(runs: Runs, edges: Edges, how: str, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
     budget = settings.budget_bytes // 4
     if how == "exact":
-        return exact_effects(runs, edges, budget_bytes=budget)
+        return exact_effects(runs, edges, budget_bytes=budget, rounded=settings.precision != "fp32")
     if how == "receiver_exact":
-        return receiver_exact_effects(runs, edges, budget_bytes=budget)
+        return receiver_exact_effects(runs, edges, budget_bytes=budget, precision=settings.precision)
     return attribution_effects(runs, edges, steps=settings.steps if how == "eap_ig" else 1)
 
 

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.models.weights import ModelWeights, rotate
+import workbench_kernels as kernels
+from workbench.models.weights import ModelWeights, Norm, rotate
 from workbench.patching.answer import attend_at_answer
 from workbench.patching.graph import Edges, Kind, Receiver, Sender
 from workbench.patching.runs import Runs
@@ -50,13 +51,17 @@ def edges_per_batch(runs: Runs, budget_bytes: int) -> int:
 
 
 @torch.no_grad()
-def exact_effects(runs: Runs, edges: Edges, *, budget_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def exact_effects(
+    runs: Runs, edges: Edges, *, budget_bytes: int, rounded: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Effects of edges, batch by batch.
 
     Args:
         runs: caches of the prompts.
         edges: the edges.
         budget_bytes: bound on the memory of one batch.
+        rounded: products are rounded more than the base run's were. Then an empty patch of every receiver, and the base
+            stream at every stage, are taken along, and what rounding alone gives is taken off.
 
     Yields:
         Indices into `edges` and their effects `[edges, n]`, in units of the metric.
@@ -75,8 +80,13 @@ def exact_effects(runs: Runs, edges: Edges, *, budget_bytes: int) -> Iterator[tu
         for at, joined in joins.items():
             found.extend(joined)
             part = [(senders[edges.sender[i]], receivers[edges.receiver[i]]) for i in joined]
-            streams[at] = partial(_patched_streams, runs, at, part)
-        yield torch.tensor(found), walk(runs, streams) - runs.base_value
+            streams[at] = partial(_patched_streams, runs, at, part, rounded)
+        values = walk(runs, streams)
+        if rounded:
+            values = torch.cat([part[:-1] - part[-1] for part in values.split([len(j) + 1 for j in joins.values()])])
+        else:
+            values = values - runs.base_value
+        yield torch.tensor(found), values
 
 
 def base_stream(runs: Runs, at: Stage) -> Float[Tensor, "n q d_model"]:
@@ -157,21 +167,38 @@ def _attention(runs: Runs, index: int, stream: Tensor, at_answer: bool) -> Float
     return layer.out(z.flatten(-2)).add_(stream)
 
 
-def _patched_streams(runs: Runs, at: Stage, joined: Sequence[tuple[Sender, Receiver]]) -> list[Tensor]:
-    """The stream after each edge's receiver has written, receivers of one kind at a time, in the order of `joined`."""
+def _patched_streams(runs: Runs, at: Stage, joined: Sequence[tuple[Sender, Receiver]], rounded: bool) -> list[Tensor]:
+    """The stream after each edge's receiver has written, receivers of one kind at a time, in the order of `joined`.
+
+    With `rounded`, the base stream itself comes last.
+    """
     base, parts = base_stream(runs, at), []
     for kind, members in groupby(joined, key=lambda edge: edge[1].kind):
         edges = list(members)
-        parts.append(base + written(runs, kind, edges[0][1].layer, edges))
-    return parts
+        parts.append(base + written(runs, kind, edges[0][1].layer, edges, rounded=rounded))
+    return [*parts, base[None]] if rounded else parts
 
 
 def written(
-    runs: Runs, kind: Kind, layer: int, edges: Sequence[tuple[Sender, Receiver]]
+    runs: Runs, kind: Kind, layer: int, edges: Sequence[tuple[Sender, Receiver]], *, rounded: bool = False
 ) -> Float[Tensor, "edges n q d_model"]:
-    """What receivers of one kind and layer write more than in the base run; for `logits`, what they read more."""
+    """What receivers of one kind and layer write more than in the base run; for `logits`, what they read more.
+
+    With `rounded`, more than they write for an empty patch.
+    """
     deltas = runs.writes([sender for sender, _ in edges])
     heads = [receiver.head for _, receiver in edges]
+    if kind == "logits" or not rounded:
+        return _written(runs, kind, layer, heads, deltas)
+    distinct = sorted(set(heads))
+    empty = deltas.new_zeros(len(distinct), *deltas.shape[1:])
+    found = _written(runs, kind, layer, [*heads, *distinct], torch.cat((deltas, empty)))
+    return found[: len(heads)] - found[len(heads) :][[distinct.index(head) for head in heads]]
+
+
+def _written(
+    runs: Runs, kind: Kind, layer: int, heads: list[int], deltas: Float[Tensor, "edges n width d_model"]
+) -> Float[Tensor, "edges n q d_model"]:
     if kind == "logits":
         return runs.window.at_answer(deltas)
     if kind == "mlp":
@@ -187,7 +214,15 @@ def _mlp_written(runs: Runs, index: int, deltas: Tensor) -> Float[Tensor, "edges
     base, out = runs.resid_mid[index], runs.mlp_out[index]
     if index == runs.weights.spec.n_layers - 1:
         base, out, deltas = (runs.window.at_answer(x) for x in (base, out, deltas))
-    return layer.mlp(layer.ln2(base + deltas)) - out
+    return layer.mlp(_normed(layer.ln2, base, deltas)) - out
+
+
+def _normed(norm: Norm, base: Tensor, deltas: Float[Tensor, "edges n q d_model"]) -> Float[Tensor, "edges n q d_model"]:
+    """A base stream with each edge's delta, normalised; on CUDA without the sum in memory."""
+    if norm.kind != "none" and kernels.backend_for(deltas) == "triton":
+        assert norm.weight is not None
+        return kernels.norm_delta(norm.kind, base, deltas, norm.weight, norm.bias, eps=norm.eps)
+    return norm(base + deltas)
 
 
 def _project(runs: Runs, index: int, kind: str, heads: list[int], normed: Tensor) -> Tensor:
@@ -214,7 +249,7 @@ def _finish(runs: Runs, index: int, kind: str, raw: Tensor) -> Tensor:
 def _query_written(runs: Runs, index: int, heads: list[int], deltas: Tensor) -> Float[Tensor, "edges n q d_model"]:
     weights, window, spec = runs.weights, runs.window, runs.weights.spec
     layer = weights.layers[index]
-    normed = layer.ln1(runs.resid_pre[index] + deltas)
+    normed = _normed(layer.ln1, runs.resid_pre[index], deltas)
     q = _finish(runs, index, "q", _project(runs, index, "q", heads, normed))
     kv = [head // spec.group_size for head in heads]
     keys = runs.keys[index].permute(2, 0, 3, 1)[kv]
@@ -222,7 +257,7 @@ def _query_written(runs: Runs, index: int, heads: list[int], deltas: Tensor) -> 
     mask, base = runs.visible, runs.z[index].permute(2, 0, 1, 3)[heads]
     if index == spec.n_layers - 1:
         q, base = window.at_answer(q), window.at_answer(base)
-        mask = mask[torch.arange(len(mask)), window.answer_index][:, None]
+        mask = mask[torch.arange(len(mask), device=mask.device), window.answer_index][:, None]
     pattern = ((q @ keys).to(mask.dtype) * spec.attn_scale + mask).softmax(-1)
     change = pattern.to(values.dtype) @ values - base
     return (change.flatten(1, 2) @ layer.W_O[heads]).unflatten(1, change.shape[1:3])
@@ -236,12 +271,12 @@ def _key_value_written(
     layer, group = weights.layers[index], spec.group_size
     at_answer = index == spec.n_layers - 1
     rows = torch.arange(len(window.start), device=deltas.device)
-    normed = layer.ln1(runs.resid_pre[index] + deltas)
+    normed = _normed(layer.ln1, runs.resid_pre[index], deltas)
     fresh = _finish(runs, index, kind, _project(runs, index, kind, heads, normed))
     patched = (runs.keys if kind == "k" else runs.values)[index].permute(2, 0, 1, 3)[heads]
     patched[:, rows[:, None], window.positions] = fresh
     # [edges, n, group, q, d_head] for the query heads of each edge's group
-    members = torch.tensor([[head * group + i for i in range(group)] for head in heads])
+    members = torch.tensor([[head * group + i for i in range(group)] for head in heads], device=deltas.device)
     base = runs.z[index].permute(2, 0, 1, 3)[members].transpose(1, 2)
     mask = runs.visible
     queries = runs.queries[index].permute(2, 0, 1, 3)[members].transpose(1, 2)

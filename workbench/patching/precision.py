@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,6 +60,24 @@ def products(precision: Precision, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def precision_error(rounded: Float[np.ndarray, "edges n"], precise: Float[np.ndarray, "edges n"]) -> dict[str, float]:
+    """How far effects from rounded products are from those in float32.
+
+    Returns:
+        `edges` and `prompts` that were compared; `relative`: norm of the difference over norm of the effects;
+        `root_mean_square` and `largest` difference of one prompt's effect, in units of the metric.
+    """
+    difference = np.asarray(rounded, dtype=np.float64) - precise
+    norm = float(np.linalg.norm(precise))
+    return {
+        "edges": difference.shape[0],
+        "prompts": difference.shape[1],
+        "relative": float(np.linalg.norm(difference)) / norm if norm else float("nan"),
+        "root_mean_square": float(np.sqrt(np.mean(difference**2))),
+        "largest": float(np.abs(difference).max()),
+    }
 
 
 class Rounded(TorchDispatchMode):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+import workbench_kernels as kernels
 from workbench.models.spec import ModelSpec
 from workbench.models.weights import Rotary, at_least_float32
 
@@ -116,6 +117,9 @@ def attend_window(
     The scores against prefix keys are one product per prompt and key head, shared by all edges.
     """
     edges, n, n_q = q.shape[:3]
+    fused = window.causal and q.numel() > 0 and not (torch.is_grad_enabled() and q.requires_grad)
+    if fused and kernels.backend_for(q, d_head=q.shape[-1]) == "triton":
+        return _attend_fused(spec, window, q, k, v, prefix_k, prefix_v)
     if window.prefix == 0 and edges * n * n_q > 0:
         mask = window.mask(False, q.dtype).expand(edges, n, -1, -1).flatten(0, 1)[:, None]
         folded_q, folded_k, folded_v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
@@ -144,3 +148,24 @@ def attend_window(
     second = pattern[..., window.prefix :].flatten(3, 4) @ v.transpose(2, 3)
     z = first + second.unflatten(3, (n_q, spec.group_size))
     return z.permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
+
+
+def _attend_fused(
+    spec: ModelSpec, window: Window, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor
+) -> Float[Tensor, "edges n q n_heads d_head"]:
+    """The same on CUDA, with no scores in memory: torch's kernel where nothing comes before and no heads are shared."""
+    if window.prefix == 0 and spec.group_size == 1:
+        flat = [x.flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
+        z = F.scaled_dot_product_attention(flat[0], flat[1], flat[2], is_causal=True, scale=spec.attn_scale)
+        return z.transpose(1, 2).unflatten(0, q.shape[:2])
+    tf32 = q.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return kernels.suffix_attention(
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        window.start.long(),
+        scale=spec.attn_scale,
+        precision="tf32" if tf32 else "ieee",
+    )
