@@ -48,14 +48,14 @@ def block_shapes(rows: int, keys: int, d_head: int, dtype: torch.dtype, precisio
     """
     wide = power_of_two(d_head)
     if dtype == torch.float32 and precision == "ieee":
-        most, warps, stages = {256: (32, 8, 1), 128: (32, 8, 1)}.get(wide, (32, 4, 2))
-        most_keys = 16
+        (most, warps, stages), most_keys = {256: (32, 8, 1), 128: (32, 8, 1)}.get(wide, (32, 4, 2)), 16
     elif dtype == torch.float32:
-        most, warps, stages = {256: (32, 8, 1), 128: (64, 8, 2)}.get(wide, (64, 4, 2))
-        most_keys = 16 if wide == 256 else 32
+        narrow = 32 if precision == "tf32x3" else 64
+        most, warps, stages = {256: (32, 8, 1), 128: (narrow, 8, 2)}.get(wide, (64, 4, 2))
+        most_keys = 16 if wide >= 128 else 32
     else:
         most, warps, stages = {256: (32, 8, 2), 128: (64, 8, 2)}.get(wide, (64, 4, 3))
-        most_keys = 32
+        most_keys = 16 if wide == 256 else 32
     return Blocks(
         rows=min(most, power_of_two(rows)), keys=min(most_keys, power_of_two(keys)), warps=warps, stages=stages
     )

@@ -349,7 +349,7 @@ class _Work:
 def _effects(runs: Runs, edges: Edges, how: str, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
     budget = settings.budget_bytes // 4
     if how == "exact":
-        return exact_effects(runs, edges, budget_bytes=budget, rounded=settings.precision != "fp32")
+        return exact_effects(runs, edges, budget_bytes=budget)
     if how == "receiver_exact":
         return receiver_exact_effects(runs, edges, budget_bytes=budget, precision=settings.precision)
     return attribution_effects(runs, edges, steps=settings.steps if how == "eap_ig" else 1)

@@ -51,17 +51,13 @@ def edges_per_batch(runs: Runs, budget_bytes: int) -> int:
 
 
 @torch.no_grad()
-def exact_effects(
-    runs: Runs, edges: Edges, *, budget_bytes: int, rounded: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
+def exact_effects(runs: Runs, edges: Edges, *, budget_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Effects of edges, batch by batch.
 
     Args:
         runs: caches of the prompts.
         edges: the edges.
         budget_bytes: bound on the memory of one batch.
-        rounded: products are rounded more than the base run's were. Then an empty patch of every receiver, and the base
-            stream at every stage, are taken along, and what rounding alone gives is taken off.
 
     Yields:
         Indices into `edges` and their effects `[edges, n]`, in units of the metric.
@@ -80,13 +76,8 @@ def exact_effects(
         for at, joined in joins.items():
             found.extend(joined)
             part = [(senders[edges.sender[i]], receivers[edges.receiver[i]]) for i in joined]
-            streams[at] = partial(_patched_streams, runs, at, part, rounded)
-        values = walk(runs, streams)
-        if rounded:
-            values = torch.cat([part[:-1] - part[-1] for part in values.split([len(j) + 1 for j in joins.values()])])
-        else:
-            values = values - runs.base_value
-        yield torch.tensor(found), values
+            streams[at] = partial(_patched_streams, runs, at, part)
+        yield torch.tensor(found), walk(runs, streams) - runs.base_value
 
 
 def base_stream(runs: Runs, at: Stage) -> Float[Tensor, "n q d_model"]:
@@ -167,38 +158,21 @@ def _attention(runs: Runs, index: int, stream: Tensor, at_answer: bool) -> Float
     return layer.out(z.flatten(-2)).add_(stream)
 
 
-def _patched_streams(runs: Runs, at: Stage, joined: Sequence[tuple[Sender, Receiver]], rounded: bool) -> list[Tensor]:
-    """The stream after each edge's receiver has written, receivers of one kind at a time, in the order of `joined`.
-
-    With `rounded`, the base stream itself comes last.
-    """
+def _patched_streams(runs: Runs, at: Stage, joined: Sequence[tuple[Sender, Receiver]]) -> list[Tensor]:
+    """The stream after each edge's receiver has written, receivers of one kind at a time, in the order of `joined`."""
     base, parts = base_stream(runs, at), []
     for kind, members in groupby(joined, key=lambda edge: edge[1].kind):
         edges = list(members)
-        parts.append(base + written(runs, kind, edges[0][1].layer, edges, rounded=rounded))
-    return [*parts, base[None]] if rounded else parts
+        parts.append(base + written(runs, kind, edges[0][1].layer, edges))
+    return parts
 
 
 def written(
-    runs: Runs, kind: Kind, layer: int, edges: Sequence[tuple[Sender, Receiver]], *, rounded: bool = False
+    runs: Runs, kind: Kind, layer: int, edges: Sequence[tuple[Sender, Receiver]]
 ) -> Float[Tensor, "edges n q d_model"]:
-    """What receivers of one kind and layer write more than in the base run; for `logits`, what they read more.
-
-    With `rounded`, more than they write for an empty patch.
-    """
+    """What receivers of one kind and layer write more than in the base run; for `logits`, what they read more."""
     deltas = runs.writes([sender for sender, _ in edges])
     heads = [receiver.head for _, receiver in edges]
-    if kind == "logits" or not rounded:
-        return _written(runs, kind, layer, heads, deltas)
-    distinct = sorted(set(heads))
-    empty = deltas.new_zeros(len(distinct), *deltas.shape[1:])
-    found = _written(runs, kind, layer, [*heads, *distinct], torch.cat((deltas, empty)))
-    return found[: len(heads)] - found[len(heads) :][[distinct.index(head) for head in heads]]
-
-
-def _written(
-    runs: Runs, kind: Kind, layer: int, heads: list[int], deltas: Float[Tensor, "edges n width d_model"]
-) -> Float[Tensor, "edges n q d_model"]:
     if kind == "logits":
         return runs.window.at_answer(deltas)
     if kind == "mlp":

@@ -75,7 +75,7 @@ def compile_for(
     made = triton.compile(
         ASTSource(kernel, signature, dict(constants), aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": blocks.warps, "num_stages": blocks.stages},
+        options={"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True},
     )
     registers, stack = _usage(made.asm["cubin"])
     return Resources(

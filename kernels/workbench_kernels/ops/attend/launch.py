@@ -23,6 +23,6 @@ def suffix_attention(
         *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *prefix_k.stride()[:3], *prefix_v.stride()[:3],
         scale,
         GROUP=group, D_HEAD=d_head, DP=power_of_two(d_head), BM=blocks.rows, BU=blocks.keys, PRECISION=precision,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out

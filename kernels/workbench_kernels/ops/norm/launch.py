@@ -30,7 +30,8 @@ def norm_delta(kind: str, base: Tensor, delta: Tensor, weight: Tensor, bias: Ten
         flat, moved, weight, weight if bias is None else bias, out,
         n * width, d_model,
         flat.stride(0), moved.stride(0), moved.stride(1), eps,
-        LAYERNORM=kind == "layernorm", BIAS=bias is not None, BD=block.keys, num_warps=block.warps,
+        LAYERNORM=kind == "layernorm", BIAS=bias is not None, BD=block.keys,
+        num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -46,6 +47,6 @@ def inverse_sigma(kind: str, unit: Tensor, sigma: Tensor, deltas: Tensor, eps: f
         unit.stride(0), unit.stride(1), sigma.stride(0), sigma.stride(1),
         deltas.stride(0), deltas.stride(1), deltas.stride(2), eps,
         LAYERNORM=kind == "layernorm", BS=block.rows, BD=block.keys,
-        num_warps=block.warps, num_stages=block.stages,
+        num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out

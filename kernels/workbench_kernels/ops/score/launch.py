@@ -28,7 +28,7 @@ def base_attention(attention: Attention, precision: str) -> tuple[Tensor, Tensor
         attention.scale,
         CAUSAL=attention.causal, GROUP=attention.group, D_HEAD=d_head,
         HB=power_of_two(d_head // 2), DP=power_of_two(d_head), BM=blocks.rows, BU=blocks.keys, PRECISION=precision,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return worth, log
 
@@ -46,7 +46,7 @@ def value_gradient(attention: Attention, log: Tensor, precision: str) -> Tensor:
         attention.scale,
         CAUSAL=attention.causal, GROUP=attention.group, D_HEAD=d_head,
         DP=power_of_two(d_head), BT=blocks.rows, BU=blocks.keys, PRECISION=precision,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return found
 
@@ -91,6 +91,6 @@ def receiver_effects(
         GROUP=attention.group, D_HEAD=d_head, D_INNER=d_inner, HALF_ROT=patch.rotary_dim // 2,
         HB=power_of_two(d_head // 2), DP=power_of_two(d_head), BM=blocks.rows, BU=blocks.keys,
         BI=min(32, power_of_two(d_inner)), PRECISION=precision,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out.sum(-1)
