@@ -197,20 +197,19 @@ class Cache:
         """
         entry = self._entry(name, layer, head)
         chosen, single = self._chosen(prompts)
+        wanted = sorted(set(chosen))
         parts = []
         for shard, span in enumerate(self.shards):
-            inside = [index - span.start for index in chosen if span.start <= index < span.stop]
+            inside = [index - span.start for index in wanted if span.start <= index < span.stop]
             if inside:
-                first, stop = min(inside), max(inside) + 1
+                first, stop = inside[0], inside[-1] + 1
                 part = self._source.read(entry, layer, head, shard, slice(first, stop))
-                axis = 1 if entry.heads and head is None else 0
-                if inside != list(range(first, stop)):
-                    part = part.index_select(axis, torch.tensor(inside) - first)
-                parts.append(part.transpose(0, 1) if axis else part)
+                part = part.transpose(0, 1) if entry.heads and head is None else part
+                parts.append(part if len(inside) == stop - first else part[torch.tensor(inside) - first])
         found = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else self._empty(entry, head)
-        if chosen != sorted(chosen):
-            order = sorted(range(len(chosen)), key=lambda at: chosen[at])
-            found = found[torch.tensor(order).argsort()]
+        if chosen != wanted:
+            place = {index: at for at, index in enumerate(wanted)}
+            found = found[torch.tensor([place[index] for index in chosen])]
         if entry.reduction is None and head is None:
             found = heads_first(entry.site, found)
         return found[0] if single else found
