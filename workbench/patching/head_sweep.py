@@ -250,7 +250,9 @@ class _Work:
         if place.at is not None:
             at = place.at[batch.to(place.at.device)].to(runs.final.device)
             inside = (runs.window.positions == at[:, None]).any(1)
-            if not inside.any():  # nothing differs there: the two versions agree up to the windows
+            if self.settings.ablation is Ablation.RESAMPLE:  # the versions agree before their first difference
+                inside &= at >= runs.pairs.first_difference
+            if not inside.any():
                 yield todo, np.zeros((len(todo), len(batch)), dtype=self.total.dtype)
                 return
             runs = narrowed(runs, torch.where(inside, at, runs.window.answer))
