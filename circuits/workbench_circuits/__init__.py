@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from workbench_circuits.evaluation import curves, edge_roc, evaluate, head_roc, random_circuits, roc
     from workbench_circuits.figure import circuit_figure, faithfulness_figure
     from workbench_circuits.overlap import Overlap, overlap
+    from workbench_circuits.roles import HeadRoles, head_roles
     from workbench_circuits.run import CircuitRun, CircuitRunner, run_circuit, run_circuits
     from workbench_circuits.tasks import Task, load_task
 
@@ -36,6 +37,8 @@ _HOME = {
     "roc": "workbench_circuits.evaluation:roc",
     "circuit_figure": "workbench_circuits.figure:circuit_figure",
     "faithfulness_figure": "workbench_circuits.figure:faithfulness_figure",
+    "HeadRoles": "workbench_circuits.roles:HeadRoles",
+    "head_roles": "workbench_circuits.roles:head_roles",
     "Overlap": "workbench_circuits.overlap:Overlap",
     "overlap": "workbench_circuits.overlap:overlap",
     "CircuitRun": "workbench_circuits.run:CircuitRun",
@@ -55,6 +58,7 @@ __all__ = [
     "CircuitRun",
     "CircuitRunner",
     "Competence",
+    "HeadRoles",
     "Overlap",
     "Survey",
     "Task",
@@ -68,6 +72,7 @@ __all__ = [
     "evaluate",
     "faithfulness_figure",
     "head_roc",
+    "head_roles",
     "load_task",
     "minimality",
     "overlap",
