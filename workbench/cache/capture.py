@@ -50,8 +50,9 @@ def capture(
     """Capture activations, whole or reduced, into memory or a folder.
 
     Reductions run inside the hooks, so a tensor that is only reduced never outlives its layer; the forward pass ends
-    with the last layer asked for, and never reaches the unembedding. Results do not depend on padding, and on the
-    batches only as far as the arithmetic of a matrix product does.
+    with the last layer asked for, and never reaches the unembedding. Results do not depend on what stands in the padding.
+    By float noise they depend on the batch size, and on whether `pattern` is captured too: it turns the fused attention
+    off.
 
     With `store`, each batch becomes a shard that is synced and committed before the next. The same call on a folder
     that a killed one left goes on from there: batches are the same, so the result is bit for bit that of a run that

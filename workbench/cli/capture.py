@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from workbench.models import Model
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*")
 _ITEM = re.compile(r"[^,(]+(?:\([^)]*\))?")
 
 
