@@ -102,13 +102,13 @@ def completeness(
         best = max(found, key=lambda row: row["score"])
         current = list(best["members"])
         rows.append(best)
-    members = tuple(tuple(parts.names[i] for i in row["members"]) for row in rows)
+    named: tuple[tuple[str, ...], ...] = tuple(tuple(parts.names[i] for i in row["members"]) for row in rows)
     columns = ["kind", "size", "circuit", "model", "score", "share"]
     frame = pd.DataFrame([{name: row[name] for name in columns} for row in rows], columns=columns)
     drawn = frame.loc[frame["kind"] == "random", "score"]
     return Completeness(
         frame=frame,
-        members=members,
+        members=named,
         score=float(drawn.mean()) if len(drawn) else float("nan"),
         worst=float(frame["score"].max()) if len(frame) else float("nan"),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -189,14 +189,14 @@ def curves(
 
 def curves_of(
     runner: CircuitRunner,
-    rankings: Mapping[str, Ranking],
+    rankings: Mapping[str, Ranking | Callable[[int], Mask]],
     *,
     sizes: Sequence[float] = MIB_SIZES,
     algorithm: str = "threshold",
     random: int = 5,
     seed: int = 0,
 ) -> Curves:
-    """`curves` with a runner and rankings at hand."""
+    """`curves` with a runner at hand, and rankings or functions from a number of edges to a circuit."""
     _check_sizes(sizes)
     check_gap(runner.clean, runner.none)
     if not rankings and not random:
@@ -206,7 +206,7 @@ def curves_of(
     graph = runner.wiring.graph
     everything = graph.all_edges()
     for name, ranking in rankings.items():
-        if len(ranking.edges) != len(everything):
+        if isinstance(ranking, Ranking) and len(ranking.edges) != len(everything):
             raise PromptError(
                 f"ranking {name!r} has {len(ranking.edges):,} of {len(everything):,} edges: sizes are shares of all "
                 "edges, so compute the effects with edges='all'"
@@ -217,20 +217,16 @@ def curves_of(
         for i in range(random)
     }
     taken = [int(share * len(everything)) for share in sizes]
-    both = {**rankings, **shuffled}
+    both: dict[str, Ranking | Callable[[int], Mask]] = {**rankings, **shuffled}
+    from_input = runner.ablation == "resample"
     masks: list[Mask] = []
     for ranking in both.values():
+        if not isinstance(ranking, Ranking):
+            masks += [ranking(n) for n in taken]
+            continue
         order = order_of(ranking, algorithm)
-        masks += [
-            select(
-                ranking,
-                min(n, len(order)),
-                algorithm=algorithm,
-                from_input=runner.ablation == "resample",
-                order=order,
-            )
-            for n in taken
-        ]
+        counts = [min(n, len(order)) for n in taken]
+        masks += [select(ranking, n, algorithm=algorithm, from_input=from_input, order=order) for n in counts]
     distinct = {mask.tobytes(): mask for mask in masks}
     found = dict(zip(distinct, runner.run(list(distinct.values())), strict=True))
     shape = (len(both), len(sizes), len(runner.pairs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
 
@@ -96,7 +96,8 @@ def faithfulness_estimate(values: np.ndarray, clean: np.ndarray, none: np.ndarra
 
 def check_gap(clean: np.ndarray, none: np.ndarray) -> None:
     """Refuse prompts on which ablating everything changes nothing."""
-    if not abs(float(np.mean(clean) - np.mean(none))) > 0:
+    means = float(np.mean(clean, dtype=np.float64)), float(np.mean(none, dtype=np.float64))
+    if not abs(means[0] - means[1]) > 1e-6 * max(abs(means[0]), abs(means[1])):
         raise PromptError(
             f"the whole model and the empty circuit both score {float(np.mean(clean)):.4g}, so no circuit can be "
             "judged on these prompts: use a corruption that changes the answer"
@@ -221,6 +222,11 @@ class CircuitRunner:
                 values[np.ix_(np.array(chunk), batch.rows)] = read.cpu().numpy()
                 meter.add(len(chunk) * len(batch.rows))
         return values
+
+    def references(self) -> Iterator[tuple[np.ndarray, Reference]]:
+        """Batches of prompts, and the values of ablated edges on them."""
+        for batch in self._batches:
+            yield batch.rows, self._reference(batch)
 
     def result(self, circuit: EdgeSet) -> CircuitRun:
         """Run one circuit."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oracle.hook_oracle import Hook, HookOracle, all_senders, hooked
+from oracle.hook_oracle import Hook, HookOracle, Metric, all_senders, hooked, logit_diff
 
 Writes = dict[str, Tensor]
 
@@ -26,10 +26,13 @@ class CircuitOracle:
         module: a causal language model of transformers, in eval mode.
         pairs: as for ``HookOracle``.
         other: the write of every sender where its edge is not in the circuit; the corrupted run's by default.
+        metric: as for ``HookOracle``.
     """
 
-    def __init__(self, module: Any, pairs: dict[str, Tensor], other: Writes | None = None) -> None:
-        self.plain = HookOracle(module, pairs)
+    def __init__(
+        self, module: Any, pairs: dict[str, Tensor], other: Writes | None = None, metric: Metric = logit_diff
+    ) -> None:
+        self.plain = HookOracle(module, pairs, metric=metric)
         self.module, self.parts, self.pairs = module, self.plain.parts, pairs
         self.other = self.plain.other_writes if other is None else other
         self.constants = self._constants()

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from workbench.errors import DataError, PromptError
+from workbench.errors import DataError, OutputError, PromptError
 from workbench_circuits._reference import Ablation
 from workbench_circuits.circuit import Able, Circuit, Steadiness
 from workbench_circuits.discovery.acdc import acdc
+from workbench_circuits.discovery.refine import Refined, contributions, contributions_by_prompt, refine
 from workbench_circuits.discovery.select import ALGORITHMS, Ranking, order_of, select
 from workbench_circuits.discovery.size import smallest
 from workbench_circuits.discovery.stability import stability
@@ -29,28 +30,57 @@ if TYPE_CHECKING:
     from workbench.prompts import PromptPairs
     from workbench_circuits.tasks import Task
 
-Algorithm = Literal["greedy", "threshold", "acdc"]
+Algorithm = Literal["refine", "greedy", "threshold", "acdc"]
 ACDC_TOP = 3000
 COMPETENCE_PROMPTS = 100
+FEWEST_TO_PART = 6
+"""From this many prompts on, a third of those that a circuit is found on only decide on its size."""
+
+SMALLEST = 0.0005
+"""Share of the edges below which `refine` does not go."""
+
 FIRST_TAU = 0.0005
 """Threshold that ACDC begins with if none is given, as a share of the gap between model and empty circuit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts of one discovery.
+    """Prompts of one discovery; those of different parts are different prompts.
 
     Attributes:
-        train: prompts that effects are measured and sizes chosen on.
+        train: prompts that edges are scored on.
+        sizing: prompts that decide how many edges are taken.
         held_out: prompts that the result is judged on.
         competence: prompts that say whether the model can do the task.
-        split: how the first two were kept apart.
+        split: how `held_out` was kept apart.
     """
 
     train: PromptPairs
+    sizing: PromptPairs
     held_out: PromptPairs
     competence: PromptPairs
     split: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discovery:
+    """A circuit with all that was made on the way.
+
+    Attributes:
+        circuit: the circuit.
+        prompts: what it was found and judged on.
+        effects: the effects that edges were ranked by, if they were.
+        refined: the rounds of `refine`, if it was used.
+        runner: runs circuits on the prompts that edges were scored on.
+        judge: runs circuits on the held-out prompts.
+    """
+
+    circuit: Circuit
+    prompts: Prompts
+    effects: EdgeEffects | None
+    refined: Refined | None
+    runner: CircuitRunner
+    judge: CircuitRunner
 
 
 def draw_prompts(
@@ -84,34 +114,46 @@ def draw_prompts(
 
     if isinstance(task, PromptPairs):
         if held_out is not None:
-            return Prompts(train=task, held_out=held_out, competence=task, split="given")
-        return _halves(task)
+            train, sizing = _sizing(task, seed)
+            return Prompts(train=train, sizing=sizing, held_out=held_out, competence=task, split="given")
+        return _halves(task, seed)
     drawer = task if isinstance(task, Task) else load_task(task)
     if isinstance(drawer, CsvTask):
-        everything = drawer.pairs(model, corruption=corruption)
-        found = _halves(everything, seed=seed)
-        return replace(found, train=_at_most(found.train, n, seed), held_out=_at_most(found.held_out, n_held_out, seed))
+        found = _halves(drawer.pairs(model, corruption=corruption), seed)
+        return replace(
+            found,
+            train=_at_most(found.train, n, seed),
+            sizing=_at_most(found.sizing, n, seed),
+            held_out=_at_most(found.held_out, n_held_out, seed),
+        )
+    extra = n // 2
     try:
-        train = drawer.pairs(model, n, seed=seed, corruption=corruption, split="train")
+        both = drawer.pairs(model, n + extra, seed=seed, corruption=corruption, split="train")
         judged = drawer.pairs(model, n_held_out, seed=seed + 1, corruption=corruption, split="held_out")
         split = "templates of their own"
     except PromptError:
-        everything = drawer.pairs(model, n + n_held_out, seed=seed, corruption=corruption)
-        train, judged = everything.split(n / (n + n_held_out), seed)
+        everything = drawer.pairs(model, n + extra + n_held_out, seed=seed, corruption=corruption)
+        both, judged = everything.split((n + extra) / len(everything), seed)
         split = "prompts of the same templates"
+    train, sizing = (both, both) if extra < 2 else (both.subset(slice(0, n)), both.subset(slice(n, None)))
     try:
         able = drawer.pairs(model, COMPETENCE_PROMPTS, seed=seed, corruption=corruption)
     except PromptError:
-        able = PromptPairs.concat([train, judged])
-    return Prompts(train=train, held_out=judged, competence=able, split=split)
+        able = PromptPairs.concat([both, judged])
+    return Prompts(train=train, sizing=sizing, held_out=judged, competence=able, split=split)
 
 
 def _halves(pairs: PromptPairs, seed: int = 0) -> Prompts:
     families = set() if pairs.templates is None else {name.split("/")[0] for name in pairs.templates}
     several = len(families) > 1
-    train, judged = pairs.split(0.5, seed, by_template=several)
+    found, judged = pairs.split(0.5, seed, by_template=several)
+    train, sizing = _sizing(found, seed)
     split = "templates of their own" if several else "prompts of the same templates"
-    return Prompts(train=train, held_out=judged, competence=pairs, split=split)
+    return Prompts(train=train, sizing=sizing, held_out=judged, competence=pairs, split=split)
+
+
+def _sizing(pairs: PromptPairs, seed: int) -> tuple[PromptPairs, PromptPairs]:
+    return (pairs, pairs) if len(pairs) < FEWEST_TO_PART else pairs.split(2 / 3, seed)
 
 
 def _at_most(pairs: PromptPairs, n: int, seed: int) -> PromptPairs:
@@ -120,12 +162,20 @@ def _at_most(pairs: PromptPairs, n: int, seed: int) -> PromptPairs:
     return pairs.subset(np.sort(np.random.default_rng(seed).permutation(len(pairs))[:n]))
 
 
-def discover(
+def discover(model: Model, task: str | Path | Task | PromptPairs, **options: Any) -> Circuit:
+    """Find a circuit for a task, and judge it on prompts that had no part in finding it.
+
+    Arguments are those of `find`, which also returns what was made on the way.
+    """
+    return find(model, task, **options).circuit
+
+
+def find(
     model: Model,
     task: str | Path | Task | PromptPairs,
     *,
-    method: str = "verified",
-    algorithm: Algorithm = "greedy",
+    algorithm: Algorithm = "refine",
+    method: str | None = None,
     target: float | None = 0.8,
     n_edges: int | None = None,
     n: int = 32,
@@ -145,22 +195,25 @@ def discover(
     budget_bytes: int = 2 * GIB,
     resume: str | Path | None = None,
     progress: Progress | None = None,
-) -> Circuit:
+) -> Discovery:
     """Find a circuit for a task, and judge it on prompts that had no part in finding it.
 
-    1. Prompts are drawn: some to find the circuit on, others, of other templates where there are several, to judge it.
-    2. The effect of every edge is measured on the first. 3. Edges are selected by these, as many as the target asks
-    for. 4. The circuit is run on the others. 5. The selection is repeated on resampled prompts.
+    1. Prompts are drawn: some to score edges on, some to choose the size on, others (of other templates where there
+    are several) to judge the circuit. 2. Edges are scored and selected. 3. The smallest circuit is taken whose
+    faithfulness is at least the target, with the lower end of its 95 % interval, on the second prompts. 4. It is run
+    on the third. 5. Where edges were ranked by effects of each prompt, the selection is repeated on resampled prompts.
 
     Args:
         model: a model on the fast path.
         task: a task, its name, the path of a CSV file, or prompts, which are then split in halves.
-        method: of the effects: `verified`, `exact`, `receiver_exact`, `eap` or `eap_ig`.
-        algorithm: `greedy`: from the logits down, always the edge of highest score whose receiver is connected;
-            `threshold`: the edges of highest score; `acdc`: the `top` edges by `greedy`, pruned one by one.
-        target: faithfulness to reach on the prompts that it is found on; the smallest circuit tried that does is taken.
+        algorithm: `refine` (the default): the whole graph is shrunk step by step, by what edges contribute within what
+            is left; `greedy`: by effects, from the logits down, always the strongest edge whose receiver is connected;
+            `threshold`: the edges of strongest effect; `acdc`: the `top` edges by `greedy`, pruned one by one.
+        method: of the effects: `verified` (the default), `exact`, `receiver_exact`, `eap` or `eap_ig`. `refine` has
+            its own scores; with a method its edges carry these effects beside.
+        target: faithfulness to reach.
         n_edges: a number of edges instead of a target.
-        n: prompts to find it on.
+        n: prompts of a task to score edges on; half as many more choose the size.
         n_held_out: prompts to judge it on.
         corruption: how a task's prompts are corrupted; default: its first way.
         held_out: prompts to judge it on, if `task` is prompts.
@@ -173,15 +226,17 @@ def discover(
         top: edges that `acdc` starts from.
         tau: threshold of `acdc` in units of the metric. Without one, it begins at 0.05 % of the gap between model and
             empty circuit and is doubled until the circuit would no longer reach the target (or is small enough).
-        n_resamples: resamples of the prompts for stability; 0 for none. Not measured with `acdc`, whose selection
-            needs the model.
+        n_resamples: resamples of the prompts for stability, 0 for none. With `greedy` and `threshold` the whole
+            selection is repeated, with `refine` that of its last round; `acdc` needs the model for every resample: run
+            it with other seeds instead.
         seed: seed of every draw.
         budget_bytes: bound on the memory taken beside the weights.
         resume: a folder in which unfinished work is kept; a later call with the same arguments goes on from there.
         progress: called with a line about once a second.
 
     Returns:
-        The circuit, with its faithfulness on both sets of prompts, the model's competence, and its stability.
+        The circuit, with its faithfulness on all three sets of prompts, the model's competence, and its stability; and
+        prompts, effects and runners.
 
     Raises:
         UnsupportedModelError: if the model is not on the fast path.
@@ -196,11 +251,14 @@ def discover(
 
     able = competence(model, prompts.competence)
     say(able.sentence)
-    if effects is None:
+    settings: dict[str, Any] = {"ablation": ablation, "metric": metric, "budget_bytes": budget_bytes}
+    runner = CircuitRunner(model, prompts.train, **settings)
+    sizing = runner if prompts.sizing is prompts.train else CircuitRunner(model, prompts.sizing, **settings)
+    if effects is None and (algorithm != "refine" or method is not None):
         effects = measured_effects(
             model,
             prompts.train,
-            method=method,
+            method=method or "verified",
             direction=direction,
             metric=metric,
             steps=steps,
@@ -209,35 +267,34 @@ def discover(
             resume=resume,
             progress=progress,
         )
-    settings: dict[str, Any] = {"ablation": ablation, "metric": metric, "budget_bytes": budget_bytes}
-    runner = CircuitRunner(model, prompts.train, progress=progress, **settings)
-    ranking = Ranking.of(runner.wiring.graph, effects, signed=signed)
-    found = _search(runner, ranking, algorithm, target, n_edges, top, tau, _state(resume), progress)
+    ranking = None if effects is None else Ranking.of(runner.wiring.graph, effects, signed=signed)
+    search = _Search(runner=runner, sizing=sizing, target=target, n_edges=n_edges, folder=_folder(resume), say=progress)
+    refined = None
+    if algorithm == "refine":
+        found, refined = search.by_refining()
+    elif algorithm == "acdc":
+        assert ranking is not None
+        found = search.by_acdc(ranking, top, tau)
+    else:
+        assert ranking is not None
+        found = search.by_ranking(ranking, algorithm)
     steadiness, inclusion = None, None
-    if n_resamples and algorithm != "acdc" and effects.per_prompt is not None and effects.per_prompt.shape[1] > 1:
-        again = stability(
-            ranking,
-            effects.per_prompt,
-            found.mask,
-            taken=found.taken,
-            algorithm=algorithm,
-            from_input=ablation == "resample",
-            n_resamples=n_resamples,
-            seed=seed,
+    if refined is not None and n_resamples and len(prompts.train) > 1:
+        steadiness, inclusion = _last_round(runner, refined, found, n_resamples=n_resamples, seed=seed)
+    elif n_resamples and ranking is not None and effects is not None and algorithm in ALGORITHMS:
+        steadiness, inclusion = _steadiness(
+            ranking, effects, found, algorithm, from_input=ablation == "resample", n_resamples=n_resamples, seed=seed
         )
-        inclusion = tuple(float(x) for x in again.inclusion)
-        steadiness = Steadiness(
-            jaccard=again.jaccard.value,
-            jaccard_low=again.jaccard.ci_low,
-            jaccard_high=again.jaccard.ci_high,
-            head_jaccard=again.head_jaccard.value,
-            pairwise=again.pairwise,
-            n_resamples=n_resamples,
-            n_prompts=effects.per_prompt.shape[1],
-        )
+    if ranking is not None:
+        by_name = dict(zip(ranking.edges.names, ranking.effect.tolist(), strict=True))
+        shown, towards = ranking.method, str(effects.frame["direction"].iloc[0])  # type: ignore[union-attr]
+    else:  # what goes if the edge goes, at first order and within the circuit
+        inner = -contributions(runner, found.mask)
+        edges = runner.wiring.edges(found.mask)
+        by_name = dict(zip(edges.names, inner[edges.receiver, edges.sender].tolist(), strict=True))
+        shown, towards = "contribution within the circuit", "noising"
     judge = CircuitRunner(model, prompts.held_out, **settings)
-    by_name = dict(zip(ranking.edges.names, ranking.effect.tolist(), strict=True))
-    return Circuit.of_mask(
+    circuit = Circuit.of_mask(
         model,
         found.mask,
         effects=by_name,
@@ -246,8 +303,8 @@ def discover(
         corruption=prompts.train.corruption,
         metric=metric,
         ablation=ablation,
-        direction=str(effects.frame["direction"].iloc[0]),
-        method=ranking.method,
+        direction=towards,
+        method=shown,
         algorithm=algorithm,
         signed=signed,
         target=target if n_edges is None else None,
@@ -260,14 +317,16 @@ def discover(
             model,
             data_hash=prompts.train.data_hash,
             seed=seed,
+            sizing_hash=prompts.sizing.data_hash,
             held_out_hash=prompts.held_out.data_hash,
             held_out_seed=prompts.held_out.seed,
             split=prompts.split,
             search=found.record,
-            effects=dict(effects.provenance),
+            effects=None if effects is None else dict(effects.provenance),
             seconds=round(time.perf_counter() - began, 3),
         ),
     )
+    return Discovery(circuit=circuit, prompts=prompts, effects=effects, refined=refined, runner=runner, judge=judge)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,75 +336,159 @@ class _Found:
     record: Mapping[str, Any]
 
 
-def _search(
-    runner: CircuitRunner,
-    ranking: Ranking,
-    algorithm: str,
-    target: float | None,
-    n_edges: int | None,
-    top: int,
-    tau: float | None,
-    state: Path | None,
-    progress: Progress | None,
-) -> _Found:
-    from_input = runner.ablation == "resample"
-    if algorithm == "acdc":
-        return _by_acdc(runner, ranking, target, n_edges, top, tau, state, progress)
-    if n_edges is not None:
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """The ways to a circuit; `sizing` decides how many edges it has."""
+
+    runner: CircuitRunner
+    sizing: CircuitRunner
+    target: float | None
+    n_edges: int | None
+    folder: Path | None
+    say: Progress | None
+
+    def _size(self, take: Ranking | Callable[[int], Mask], algorithm: str, sizes: list[int] | None) -> _Found:
+        assert self.target is not None
+        sized = smallest(self.sizing, take, target=self.target, algorithm=algorithm, confident=True, sizes=sizes)
+        record = {"target": self.target, "reached": sized.reached, "tried": sized.tried.to_dict("records")}
+        return _Found(mask=sized.mask, taken=sized.taken, record=record)
+
+    def by_ranking(self, ranking: Ranking, algorithm: str) -> _Found:
+        """The first edges by an algorithm."""
+        if self.n_edges is None:
+            return self._size(ranking, algorithm, None)
         order = order_of(ranking, algorithm)
-        if not 1 <= n_edges <= len(order):
-            raise PromptError(f"n_edges={n_edges}: expected 1 to {len(order):,}, the edges that can be taken")
-        mask = select(ranking, n_edges, algorithm=algorithm, from_input=from_input, order=order)
-        return _Found(mask=mask, taken=n_edges, record={"n_edges": n_edges})
-    assert target is not None
-    sized = smallest(runner, ranking, target=target, algorithm=algorithm)
-    record = {"target": target, "reached": sized.reached, "tried": sized.tried.to_dict("records")}
-    return _Found(mask=sized.mask, taken=sized.taken, record=record)
+        if not 1 <= self.n_edges <= len(order):
+            raise PromptError(f"n_edges={self.n_edges}: expected 1 to {len(order):,}, the edges that can be taken")
+        resample = self.runner.ablation == "resample"
+        mask = select(ranking, self.n_edges, algorithm=algorithm, from_input=resample, order=order)
+        return _Found(mask=mask, taken=self.n_edges, record={"n_edges": self.n_edges})
+
+    def by_refining(self) -> tuple[_Found, Refined]:
+        """Shrink the whole graph until it is small enough, or no longer faithful enough."""
+        state = None if self.folder is None else self.folder / "refine.safetensors"
+        if self.n_edges is not None:
+            refined = refine(self.runner, self.n_edges, resume=state, progress=self.say)
+            record = {"n_edges": self.n_edges, "rounds": refined.frame.to_dict("records")}
+            return _Found(mask=refined.masks[-1], taken=self.n_edges, record=record), refined
+        goal = float(self.target or 0)
+
+        def failed(mask: Mask) -> bool:
+            return float(self.sizing.f(self.sizing.run([mask]))[0]) < 0.75 * goal
+
+        floor = max(4, int(SMALLEST * self.runner.n_edges))
+        refined = refine(self.runner, floor, stop=failed, resume=state, progress=self.say)
+        found = self._size(lambda n: refined.at(self.runner, n), "refine", [int(m.sum()) for m in refined.masks])
+        return replace(found, record={**found.record, "rounds": refined.frame.to_dict("records")}), refined
+
+    def by_acdc(self, ranking: Ranking, top: int, tau: float | None) -> _Found:
+        """Prune the strongest edges, once with a threshold or with growing ones as far as the target allows."""
+        order = order_of(ranking, "greedy", top)
+        resample = self.runner.ablation == "resample"
+        start = select(ranking, len(order), algorithm="greedy", from_input=resample, order=order)
+        rounds: list[dict[str, Any]] = []
+        state = None if self.folder is None else self.folder / "acdc.json"
+
+        def prune(mask: Mask, at: float) -> Mask:
+            file = None if state is None else state.with_name(f"acdc-{len(rounds)}.json")
+            done = acdc(self.runner, mask, tau=at, resume=file, progress=self.say)
+            f = float(self.sizing.f(self.sizing.run([done.mask]))[0])
+            rounds.append(
+                {"tau": at, "n_edges": int(done.mask.sum()), "faithfulness": f, "tried": done.tried, "runs": done.runs}
+            )
+            return done.mask
+
+        if tau is not None:
+            mask = prune(start, tau)
+        else:
+            mask = start
+            gap = abs(float(self.runner.clean.mean(dtype=np.float64) - self.runner.none.mean(dtype=np.float64)))
+            at = FIRST_TAU * gap
+            while at < gap:
+                smaller = prune(mask, at)
+                if self.n_edges is None and self.target is not None and rounds[-1]["faithfulness"] < self.target:
+                    break
+                mask = smaller
+                if self.n_edges is not None and mask.sum() <= self.n_edges:
+                    break
+                at *= 2
+        return _Found(mask=mask, taken=len(order), record={"top": top, "start": int(start.sum()), "rounds": rounds})
 
 
-def _by_acdc(
-    runner: CircuitRunner,
+def _last_round(
+    runner: CircuitRunner, refined: Refined, found: _Found, *, n_resamples: int, seed: int
+) -> tuple[Steadiness | None, tuple[float, ...] | None]:
+    """Stability of the last selection of `refine`, given the circuit that it was made in."""
+    if not refined.scores:
+        return None, None
+    last = refined.round_of(found.taken)
+    edges = runner.wiring.graph.all_edges()
+    values = contributions_by_prompt(runner, refined.masks[last])[:, edges.receiver, edges.sender].T
+    up = float(runner.clean.mean() - runner.none.mean()) > 0
+    helpful = refined.frame["rule"].iloc[last + 1] == "helpful"
+    ranking = Ranking(edges=edges, effect=values.mean(1), signed=helpful, helps=1 if up else -1)
+    return _spread(
+        ranking,
+        values,
+        found,
+        "threshold",
+        from_input=runner.ablation == "resample",
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+
+
+def _steadiness(
     ranking: Ranking,
-    target: float | None,
-    n_edges: int | None,
-    top: int,
-    tau: float | None,
-    state: Path | None,
-    progress: Progress | None,
-) -> _Found:
-    """Prune the strongest edges, once with a threshold or with growing ones as far as the target allows."""
-    order = order_of(ranking, "greedy", top)
-    start = select(ranking, len(order), algorithm="greedy", from_input=runner.ablation == "resample", order=order)
-    rounds: list[dict[str, Any]] = []
+    effects: EdgeEffects,
+    found: _Found,
+    algorithm: str,
+    *,
+    from_input: bool,
+    n_resamples: int,
+    seed: int,
+) -> tuple[Steadiness | None, tuple[float, ...] | None]:
+    if effects.per_prompt is None or effects.per_prompt.shape[1] < 2:
+        return None, None
+    return _spread(
+        ranking, effects.per_prompt, found, algorithm, from_input=from_input, n_resamples=n_resamples, seed=seed
+    )
 
-    def prune(mask: Mask, at: float) -> Mask:
-        done = acdc(runner, mask, tau=at, resume=state, progress=progress)
-        f = float(runner.f(runner.run([done.mask]))[0])
-        rounds.append(
-            {"tau": at, "n_edges": int(done.mask.sum()), "faithfulness": f, "tried": done.tried, "runs": done.runs}
-        )
-        return done.mask
 
-    if tau is not None:
-        mask = prune(start, tau)
-    else:
-        mask = start
-        gap = abs(float(runner.clean.mean(dtype=np.float64) - runner.none.mean(dtype=np.float64)))
-        at = FIRST_TAU * gap
-        while at < gap:
-            smaller = prune(mask, at)
-            if n_edges is None and target is not None and rounds[-1]["faithfulness"] < target:
-                break
-            mask = smaller
-            if n_edges is not None and mask.sum() <= n_edges:
-                break
-            at *= 2
-    return _Found(mask=mask, taken=len(order), record={"top": top, "start": int(start.sum()), "rounds": rounds})
+def _spread(
+    ranking: Ranking,
+    values: np.ndarray,
+    found: _Found,
+    algorithm: str,
+    *,
+    from_input: bool,
+    n_resamples: int,
+    seed: int,
+) -> tuple[Steadiness, tuple[float, ...]]:
+    again = stability(
+        ranking,
+        values,
+        found.mask,
+        taken=found.taken,
+        algorithm=algorithm,
+        from_input=from_input,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+    steadiness = Steadiness(
+        jaccard=again.jaccard.value,
+        jaccard_low=again.jaccard.ci_low,
+        jaccard_high=again.jaccard.ci_high,
+        head_jaccard=again.head_jaccard.value,
+        pairwise=again.pairwise,
+        n_resamples=n_resamples,
+        n_prompts=values.shape[1],
+    )
+    return steadiness, tuple(float(x) for x in again.inclusion)
 
 
 def _check(algorithm: str, target: float | None, n_edges: int | None) -> None:
-    allowed = (*ALGORITHMS, "acdc")
-    if algorithm not in allowed:
+    if algorithm not in get_args(Algorithm):
         raise PromptError(f"algorithm {algorithm!r} is not one of {', '.join(get_args(Algorithm))}")
     if target is None and n_edges is None:
         raise PromptError("target=None and n_edges=None: give the faithfulness to reach, or a number of edges")
@@ -353,12 +496,15 @@ def _check(algorithm: str, target: float | None, n_edges: int | None) -> None:
         raise PromptError(f"target={target!r}: the faithfulness to reach must be above 0, such as 0.8")
 
 
-def _state(resume: str | Path | None) -> Path | None:
+def _folder(resume: str | Path | None) -> Path | None:
     if resume is None:
         return None
     folder = Path(resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "acdc.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot keep unfinished work in {folder}: {error.strerror or error}") from error
+    return folder
 
 
 def measured_effects(
