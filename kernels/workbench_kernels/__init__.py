@@ -1,7 +1,8 @@
 """Tensors in, tensors out: Triton kernels, their plain-torch reference and the dispatch between them.
 
 Every operation checks its arguments, then runs Triton on CUDA and torch elsewhere; `backend="triton"` or the variable
-`WORKBENCH_KERNELS` of the environment ask for one of them. Nothing here knows a model, and Triton is imported when a kernel runs.
+`WORKBENCH_KERNELS` of the environment ask for one of them. Nothing here knows a model. Triton is imported when a kernel
+runs.
 """
 
 from workbench_kernels.dispatch import VARIABLE, Backend, Precision, backend_for, has_triton
