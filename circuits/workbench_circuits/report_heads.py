@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from workbench.models import Model
@@ -14,6 +13,7 @@ from workbench.plots.labels import head_name, interval, is_missing, number
 from workbench.report.section import ReportContext, Section
 from workbench.tables import HeadTable
 from workbench_circuits._competence import Competence, competence
+from workbench_circuits._head_figures import mlp_bars, span_heatmap, total_against_direct
 from workbench_circuits.tasks import load_task
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def describe(
         name="head_effects",
         title="Which heads and MLPs matter for IOI",
         order=5,
-        sentence=sentence(effects, able),
+        sentence=sentence(effects, able, spans),
         method=_method(effects, attribution),
         limits=(
             f"{source['n']} prompts of one task and one corruption: other corruptions, ablations or tasks give other "
@@ -108,8 +108,8 @@ def describe(
     )
 
 
-def sentence(effects: HeadTable, able: Competence) -> str:
-    """Which heads matter in total and directly, and whether later layers make up for them, from the numbers."""
+def sentence(effects: HeadTable, able: Competence, spans: HeadTable | None = None) -> str:
+    """Which heads matter in total and directly, and whether later components make up for them, from the numbers."""
     total, direct = (_heads(effects, f"{kind}_effect") for kind in ("total", "direct"))
     base = effects.frame[effects.frame["metric"] == "base_value"].iloc[0]
     patch = effects.frame[effects.frame["metric"] == "patch_value"].iloc[0]
@@ -120,9 +120,10 @@ def sentence(effects: HeadTable, able: Competence) -> str:
         "not solved": ", which the model cannot do,",
     }
     lines = [
-        f"On {TASK.upper()}{can[able.verdict]} putting one head's output of the other prompt in place moves the logit "
-        f"difference of {_words(base)} (other prompt: {_words(patch)}) by more than chance would for {clear} of "
-        f"{len(total)} heads; the strongest in total are {_named(_strongest(total, _STRONGEST))}.",
+        f"On {TASK.upper()}{can[able.verdict]} putting in one head's output of the other prompt moves the logit "
+        f"difference, {_words(base)} (other prompt: {_words(patch)}), clearly (95 % interval without 0) for {clear} of "
+        f"{len(total)} heads; the "
+        f"strongest in total are {_named(_strongest(total, _STRONGEST))}.",
         f"Directly, through the unembedding alone, the strongest are {_named(_strongest(direct, _STRONGEST))}.",
     ]
     repaired = made_up_for(effects)
@@ -133,17 +134,24 @@ def sentence(effects: HeadTable, able: Competence) -> str:
             for row in repaired
         )
         lines.append(
-            f"Later layers make up for part of it in {len(repaired)} of the {of} heads with the largest direct "
+            f"Later components make up for part of that in {len(repaired)} of the {of} heads with the largest direct "
             f"effects: {names}."
         )
     else:
         lines.append(
-            f"In none of the {of} heads with the largest direct effects do later layers clearly make up for it."
+            f"In none of the {of} heads with the largest direct effects do later components clearly make up for it."
         )
     mlps = effects.frame[effects.frame["metric"] == "mlp_total_effect"]
     if len(mlps):
         row = _strongest(mlps, 1).iloc[0]
         lines.append(f"The MLP with the largest total effect is m{int(row['layer'])}: {_words(row)}.")
+    if spans is not None:
+        places = [
+            (str(where).split(", ")[-1], _strongest(rows, 1).iloc[0])
+            for where, rows in spans.select("attention_total_effect").groupby("input", sort=False)
+        ]
+        words = " and ".join(f"layer {int(row['layer'])} at {name} ({_words(row)})" for name, row in places)
+        lines.append(f"By position, the attention layers with the largest total effects are {words}.")
     return "\n".join(lines)
 
 
@@ -157,129 +165,6 @@ def made_up_for(effects: HeadTable, k: int = _LISTED) -> list[dict[str, Any]]:
         if bool(_clear(indirect).iloc[0]) and indirect.iloc[0]["value"] * row["value"] < 0:
             found.append({**at, "direct": row["value"], "total": total})
     return found
-
-
-def total_against_direct(effects: HeadTable) -> Any:
-    """Scatter of total against direct effects; on the dashed line the total effect is the direct one."""
-    from workbench.plots import metric_scatter
-    from workbench.plots.style import MUTED
-
-    figure = metric_scatter(
-        effects,
-        "direct_effect",
-        "total_effect",
-        label=12,
-        title="Total against direct effect: off the dashed line, later components add to it or make up for it",
-    )
-    values = _heads(effects, "direct_effect")["value"]
-    low, high = float(min(values.min(), 0)), float(max(values.max(), 0))
-    figure.add_shape(
-        type="line", x0=low, y0=low, x1=high, y1=high, line={"color": MUTED, "width": 1, "dash": "dash"}, layer="below"
-    )
-    return figure
-
-
-def mlp_bars(effects: HeadTable) -> Any:
-    """Total and direct effect of every MLP, with 95 % intervals."""
-    import plotly.graph_objects as go
-
-    from workbench.plots.style import INK, SERIES, dress
-
-    figure = go.Figure()
-    for name, colour in (("total", SERIES[0]), ("direct", SERIES[1])):
-        rows = effects.frame[effects.frame["metric"] == f"mlp_{name}_effect"]
-        figure.add_trace(
-            go.Bar(
-                name=name,
-                x=[f"m{layer}" for layer in rows["layer"]],
-                y=rows["value"].tolist(),
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": (rows["ci_high"] - rows["value"]).fillna(0).tolist(),
-                    "arrayminus": (rows["value"] - rows["ci_low"]).fillna(0).tolist(),
-                    "color": INK,
-                    "thickness": 1,
-                    "width": 2,
-                },
-                marker={"color": colour},
-                hovertext=[
-                    f"<b>m{row['layer']}</b>, {name}: {number(row['value'])} {interval(row['ci_low'], row['ci_high'])}"
-                    for row in rows.to_dict("records")
-                ],
-                hoverinfo="text",
-            )
-        )
-    dress(figure, height=340, title="Effect of each MLP on the logit difference, with 95 % CI", top=32)
-    figure.update_layout(
-        barmode="group",
-        bargap=0.25,
-        showlegend=True,
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-    )
-    figure.update_xaxes(type="category", tickangle=0)
-    figure.update_yaxes(title_text=escape(str(effects.frame["unit"].iloc[0])), zeroline=True)
-    return figure
-
-
-def span_heatmap(spans: HeadTable) -> Any:
-    """Layer by named position: total effects of whole attention layers and of MLPs, on one scale."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    from workbench.plots.style import DIVERGING, dress
-
-    frame = spans.frame[spans.frame["metric"].isin(["attention_total_effect", "mlp_total_effect"])]
-    kinds = {"attention_total_effect": "attention layers", "mlp_total_effect": "MLPs"}
-    kinds = {metric: words for metric, words in kinds.items() if (frame["metric"] == metric).any()}
-    figure = make_subplots(
-        rows=1, cols=len(kinds), subplot_titles=[f"<b>{words}</b>" for words in kinds.values()], horizontal_spacing=0.08
-    )
-    bound = float(frame["value"].abs().max()) or 1.0
-    names = {each: each.split(", ")[-1] for each in dict.fromkeys(frame["input"])}
-    layers = sorted({int(layer) for layer in frame["layer"]})
-    for column, metric in enumerate(kinds, start=1):
-        rows = {(row["input"], int(row["layer"])): row for row in frame[frame["metric"] == metric].to_dict("records")}
-        figure.add_trace(
-            go.Heatmap(
-                x=[escape(name) for name in names.values()],
-                y=layers,
-                z=[[rows[each, layer]["value"] for each in names] for layer in layers],
-                hovertext=[
-                    [
-                        f"layer {layer} at {escape(name)}: {number(rows[each, layer]['value'])} "
-                        f"{interval(rows[each, layer]['ci_low'], rows[each, layer]['ci_high'])}"
-                        for each, name in names.items()
-                    ]
-                    for layer in layers
-                ],
-                hoverinfo="text",
-                coloraxis="coloraxis",
-                xgap=2,
-                ygap=1,
-            ),
-            row=1,
-            col=column,
-        )
-    dress(figure, height=150 + 13 * len(layers), title="Total effect by layer and position")
-    step = 1 if len(layers) <= 16 else 2 if len(layers) <= 34 else 5
-    figure.update_yaxes(range=[len(layers) - 0.5, -0.5], dtick=step, showgrid=False, zeroline=False)
-    figure.update_yaxes(title_text="layer", col=1)
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_layout(
-        margin={"r": 90},
-        coloraxis={
-            "colorscale": [list(stop) for stop in DIVERGING],
-            "cmin": -bound,
-            "cmax": bound,
-            "colorbar": {
-                "title": {"text": escape(str(frame["unit"].iloc[0])), "side": "right"},
-                "thickness": 12,
-                "outlinewidth": 0,
-            },
-        },
-    )
-    return figure
 
 
 def strongest_table(effects: HeadTable, k: int = _LISTED) -> pd.DataFrame:
