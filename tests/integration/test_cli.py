@@ -46,17 +46,15 @@ def test_report_of_a_model_without_tokenizer_is_incomplete_and_says_so(folder, t
     result = workbench("report", "--model", folder, "--out", tmp_path / "report", "--quick")
     assert result.returncode == 1
     errors = result.stderr.strip().splitlines()
-    assert len(errors) == 1
-    assert errors[0].startswith("error: section competence failed: ")
-    assert "tokenizer" in errors[0]
+    for line, section in zip(errors, ("competence", "head_effects"), strict=True):
+        assert line.startswith(f"error: section {section} failed: ")
+        assert "tokenizer" in line
     assert result.stdout.strip() == str(tmp_path / "report" / "index.html")
     manifest = json.loads((tmp_path / "report" / "manifest.json").read_text())
     assert manifest["status"] == "incomplete"
-    assert {each["name"]: each["status"] for each in manifest["sections"]} == {
-        "attention_sinks": "complete",
-        "head_patterns": "complete",
-        "competence": "failed",
-    }
+    statuses = {each["name"]: each["status"] for each in manifest["sections"]}
+    assert {name for name, status in statuses.items() if status == "failed"} == {"competence", "head_effects"}
+    assert {name for name, status in statuses.items() if status == "complete"} >= {"attention_sinks", "head_patterns"}
     assert "natural text was left out" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
 
