@@ -11,7 +11,7 @@ help:
 	@echo 'make report   the report of SmolLM2-135M in $(OUT)/index.html'
 	@echo 'make test     all tests that need no GPU'
 	@echo 'make lint     ruff and mypy'
-	@echo 'make gpu      tests and benchmarks that need a GPU, with PYTHON=... as it is'
+	@echo 'make gpu      tests and benchmarks that need a GPU, with PYTHON=... as it is; figures in $(OUT)/'
 	@echo 'make venv     the environment in $(VENV)'
 	@echo 'make tracr    the compiled programs in tests/oracle, anew, in an environment of their own'
 
@@ -35,8 +35,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 gpu:
+	mkdir -p $(OUT)
 	PYTHONPATH=.:kernels:circuits $(PYTHON) -m pytest -p no:cacheprovider -m gpu --gpu-required tests/gpu
-	PYTHONPATH=.:kernels:circuits $(PYTHON) -m workbench.bench.sweep --device cuda
+	PYTHONPATH=.:kernels:circuits $(PYTHON) -m workbench.bench.sweep --device cuda --json $(OUT)/sweep.json
+	PYTHONPATH=.:kernels:circuits $(PYTHON) -m workbench_kernels.bench --device cuda --json $(OUT)/kernels.json --markdown $(OUT)/kernels.md
 
 tracr:
 	$(PYTHON) -m venv .venv-tracr

@@ -23,6 +23,14 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests measured, beside whether they passed."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in getattr(report, "user_properties", []):
+                terminalreporter.write_line(f"{report.nodeid.split('::')[-1]}: {name} {value}")
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("gpu_required", False):
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
