@@ -190,7 +190,8 @@ class Cache:
         Returns:
             Without a reduction the shape of the site in `Model.forward`: `[n, pos, heads, d_head]`, `[n, heads, query,
             key]` or `[n, pos, d_model]`. With one, `[n, heads, ...]` or `[n, ...]`. For one head the head axis is left
-            out, for one prompt (an index) the leading axis. Padding is 0.
+            out, for one prompt (an index) the leading axis. Padding is 0. Of a cache in memory it may be a view: do
+            not write into it.
 
         Raises:
             DataError: if the cache does not hold it, or its file cannot be read.

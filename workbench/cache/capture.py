@@ -15,7 +15,7 @@ from workbench.cache.cache import Cache, Memory
 from workbench.cache.collect import collect
 from workbench.cache.files import writing
 from workbench.cache.names import reductions_of, select
-from workbench.cache.plan import Entry, Estimate, estimate, make_entries
+from workbench.cache.plan import Entry, Estimate, check_one_fits, estimate, make_entries
 from workbench.cache.prompts import CapturedPrompts, as_prompts
 from workbench.cache.reductions import Reduction
 from workbench.cache.store import new_manifest, to_folder
@@ -50,9 +50,9 @@ def capture(
     """Capture activations, whole or reduced, into memory or a folder.
 
     Reductions run inside the hooks, so a tensor that is only reduced never outlives its layer; the forward pass ends
-    with the last layer asked for, and never reaches the unembedding. Results do not depend on what stands in the padding.
-    By float noise they depend on the batch size, and on whether `pattern` is captured too: it turns the fused attention
-    off.
+    with the last layer asked for, and never reaches the unembedding. Results do not depend on what stands in the
+    padding. By float noise they depend on the batch size, and on whether `pattern` is captured too: that turns the
+    fused attention off.
 
     With `store`, each batch becomes a shard that is synced and committed before the next. The same call on a folder
     that a killed one left goes on from there: batches are the same, so the result is bit for bit that of a run that
@@ -93,6 +93,7 @@ def capture(
     sites = select(model, names, layers)
     kept = reductions_of(list(sites), reduce)
     n, pos = prompts.tokens.shape
+    check_one_fits(model, list(sites), pos, budget_bytes)
     entries = make_entries(model, sites, kept, pos, dtype)
     record = provenance(model, data_hash=prompts.digest(), seed=seed, command=command)
     say = progress or _silent

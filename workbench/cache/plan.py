@@ -13,7 +13,6 @@ from torch import Tensor
 from workbench.cache.names import hook_of
 from workbench.cache.reductions import Reduction
 from workbench.errors import BudgetError, PromptError, UnsupportedModelError
-from workbench.models.forward import SITES
 from workbench.models.weights import at_least_float32
 
 if TYPE_CHECKING:
@@ -241,6 +240,20 @@ def working_bytes(model: Model, pos: int, *, pattern: bool = True) -> int:
     return size * pos * (scores + 8 * spec.d_model + 3 * spec.d_mlp)
 
 
+def check_one_fits(model: Model, sites: Sequence[str], pos: int, budget_bytes: int) -> None:
+    """Refuse prompts of which not one can run within the budget, before anything of their size is made.
+
+    Raises:
+        BudgetError: says how much one takes.
+    """
+    one = working_bytes(model, pos, pattern="pattern" in sites)
+    if one > budget_bytes:
+        raise BudgetError(
+            f"budget_bytes is {budget_bytes:,} ({in_words(budget_bytes)}) and the forward pass of one prompt of {pos} "
+            f"tokens alone takes about {one:,} ({in_words(one)}): shorten the prompts, or raise budget_bytes"
+        )
+
+
 def estimate(
     model: Model,
     entries: Sequence[Entry],
@@ -291,26 +304,24 @@ def estimate(
 
 
 def _over(found: Estimate, fixed: int, each: int, entries: Sequence[Entry], batch_size: int | None) -> str:
+    """The message for a capture over its budget, with what would bring it under."""
+    budget, one = found.budget_bytes, fixed + each
     largest = max(entries, key=lambda entry: entry.bytes_per_prompt)
     remedies = []
-    if not found.stored and fixed + each > found.budget_bytes:
-        remedies.append(
-            f"give store=folder (a batch of one prompt then takes {in_words(each + fixed // found.n_prompts)})"
-        )
-    if batch_size is not None and fixed + each <= found.budget_bytes:
-        remedies.append(f"lower batch_size to {(found.budget_bytes - fixed) // each} or leave it out")
-    if largest.reduction is None and largest.site in SITES:
+    if not found.stored and one > budget:
+        alone = in_words(each + fixed // found.n_prompts)
+        remedies.append(f"give store=folder (then one batch has to fit, of at least {alone})")
+    if batch_size is not None and one <= budget:
+        remedies.append(f"lower batch_size to {(budget - fixed) // each} or leave it out")
+    if largest.reduction is None:
         remedies.append(f"reduce {largest.name!r}, the largest ({in_words(largest.bytes_per_prompt)} a prompt)")
     if len(largest.layers) > 1:
         remedies.append(f"capture fewer than {len(largest.layers)} layers")
     remedies.append("shorten the prompts")
-    remedies.append(f"raise budget_bytes to {fixed + each * (found.batch_size if batch_size else 1):,}")
+    what = f"a batch of {found.batch_size} prompts" if found.stored else "this capture"
+    kept = found.batch_bytes if found.stored else found.total_bytes
     return (
-        f"budget_bytes is {found.budget_bytes:,} ({in_words(found.budget_bytes)}) and this capture takes about "
-        f"{found.memory_bytes:,} ({in_words(found.memory_bytes)}) of memory, {in_words(found.total_bytes)} of it kept: "
-        f"{'; '.join(remedies[:-1])}; or {remedies[-1]}"
-        if not found.stored
-        else f"budget_bytes is {found.budget_bytes:,} ({in_words(found.budget_bytes)}) and one batch of "
-        f"{found.batch_size} prompts takes about {found.memory_bytes:,} ({in_words(found.memory_bytes)}): "
-        f"{'; '.join(remedies[:-1])}; or {remedies[-1]}"
+        f"budget_bytes is {budget:,} ({in_words(budget)}) and {what} takes about {found.memory_bytes:,} "
+        f"({in_words(found.memory_bytes)}) of memory, {in_words(kept)} of it for what is kept: "
+        f"{', '.join(remedies)}, or raise budget_bytes to {found.memory_bytes:,}"
     )

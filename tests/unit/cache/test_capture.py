@@ -210,6 +210,26 @@ def test_the_budget_decides_the_batch_and_too_much_is_refused_with_what_to_do(tm
         wb.capture(model, tokens_of(40), "z", budget_bytes=wanted - 1)
 
 
+def test_a_prompt_that_cannot_run_within_the_budget_is_refused_before_anything_of_its_size_is_made(monkeypatch):
+    def fail(*given):
+        raise AssertionError("made up")
+
+    monkeypatch.setattr("workbench.cache.plan._made_up", fail)
+    with pytest.raises(BudgetError, match="forward pass of one prompt of 12 tokens alone takes about"):
+        wb.capture(tiny(), tokens_of(), "pattern", reduce="entropy", budget_bytes=1000)
+
+
+def test_the_early_end_leaves_no_hooks_behind():
+    model = wb.wrap_model(REFUSED["model_type"]())
+
+    def hooks():
+        return sum(len(point.fwd_hooks) for point in model.bridge.hook_dict.values())
+
+    before = hooks()
+    wb.capture(model, tokens_of(), ["z", "resid_pre"], layers=[0, 1], batch_size=2)
+    assert hooks() == before
+
+
 def test_dtype_is_that_of_what_is_kept_whole():
     held = wb.capture(
         tiny(), tokens_of(), ["z", "pattern"], reduce={"pattern": ["raw", "argmax", "entropy"]}, dtype=torch.float16
