@@ -242,7 +242,7 @@ def rows_of(values: Float[Tensor, "*shape n"], metric: str, **constant: Any) -> 
     """Rows of a table from per-prompt values `[n]` (whole model), `[layers, n]` or `[layers, heads, n]`."""
     from workbench.stats import mean_estimates
 
-    estimates = mean_estimates(values.movedim(-1, 0).double().cpu())
+    estimates = mean_estimates(values.movedim(-1, 0).cpu())
     rows = []
     for place in np.ndindex(*values.shape[:-1]):
         each = estimates[place]
