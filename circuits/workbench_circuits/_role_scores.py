@@ -102,7 +102,7 @@ def copying(
     """Whether what a head's OV circuit makes of a stream brings back its token, and whether its negative does.
 
     The stream is read through the head's own norm, value and output weights, the result through the final norm and the
-    unembedding; a case counts if the token is among the `top` highest logits.
+    unembedding; a case counts if the token is among the `top` highest logits, ties against it.
 
     Args:
         weights: of the model.
@@ -117,10 +117,10 @@ def copying(
     negative = torch.zeros_like(copies)
 
     def ranked(writes: Tensor) -> tuple[Tensor, Tensor]:
-        """How many logits are above and how many below each case's own, `[heads, cases]`."""
+        """How many logits are not below and how many not above each case's own, `[heads, cases]`."""
         logits = weights.unembed(weights.ln_final(writes))
         own = logits.gather(-1, tokens.expand(len(logits), m)[..., None])
-        return (logits > own).sum(-1), (logits < own).sum(-1)
+        return (logits >= own).sum(-1) - 1, (logits <= own).sum(-1) - 1
 
     step = max(1, _LOGITS_BYTES // (m * spec.d_vocab * streams.element_size()))
     for at in range(0, len(heads), step):
