@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from workbench_circuits._competence import Competence, Survey, competence, survey
     from workbench_circuits.circuit import Circuit
     from workbench_circuits.criteria import completeness, minimality
-    from workbench_circuits.discovery import acdc, discover, stability
+    from workbench_circuits.discovery import acdc, discover, find, refine, stability
     from workbench_circuits.evaluation import curves, edge_roc, evaluate, head_roc, random_circuits, roc
     from workbench_circuits.figure import circuit_figure, faithfulness_figure
     from workbench_circuits.overlap import Overlap, overlap
@@ -28,6 +28,8 @@ _HOME = {
     "minimality": "workbench_circuits.criteria:minimality",
     "acdc": "workbench_circuits.discovery:acdc",
     "discover": "workbench_circuits.discovery:discover",
+    "find": "workbench_circuits.discovery:find",
+    "refine": "workbench_circuits.discovery:refine",
     "stability": "workbench_circuits.discovery:stability",
     "curves": "workbench_circuits.evaluation:curves",
     "edge_roc": "workbench_circuits.evaluation:edge_roc",
@@ -71,12 +73,14 @@ __all__ = [
     "edge_roc",
     "evaluate",
     "faithfulness_figure",
+    "find",
     "head_roc",
     "head_roles",
     "load_task",
     "minimality",
     "overlap",
     "random_circuits",
+    "refine",
     "roc",
     "run_circuit",
     "run_circuits",

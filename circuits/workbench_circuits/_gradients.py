@@ -13,6 +13,14 @@ from workbench_circuits._reference import Reference
 from workbench_circuits.wiring import Wiring
 
 
+def gradient_bytes(wiring: Wiring, tokens: int, itemsize: int) -> int:
+    """Bytes that `edge_gradients` takes beside the reference."""
+    spec = wiring.graph.spec
+    receivers = spec.n_heads + 2 * spec.n_kv_heads + 1
+    per_layer = 4 * receivers * spec.d_model + 6 * spec.d_mlp + 8 * spec.n_heads * spec.d_head
+    return tokens * max(4, itemsize) * (spec.n_layers * per_layer + 3 * wiring.shape[1] * spec.d_model)
+
+
 def edge_gradients(
     reference: Reference, wiring: Wiring, mask: Float[np.ndarray, "receivers senders"]
 ) -> Float[np.ndarray, "n receivers senders"]:

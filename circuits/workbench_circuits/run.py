@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
@@ -16,6 +17,7 @@ from workbench.metrics import METRICS
 from workbench.models.weights import at_least_float32
 from workbench.patching.graph import Edges, Graph
 from workbench.stats import Estimate, bootstrap, mean_estimate
+from workbench_circuits._gradients import gradient_bytes
 from workbench_circuits._reference import (
     ABLATIONS,
     Ablation,
@@ -135,6 +137,7 @@ class CircuitRunner:
         metric: name of a metric of `workbench.metrics`.
         budget_bytes: bound on the memory taken beside the weights.
         progress: called with a line about once a second.
+        differentiable: make batches of prompts small enough for gradients.
 
     Attributes:
         wiring: the graph and its masks.
@@ -156,8 +159,10 @@ class CircuitRunner:
         metric: str = "logit_diff",
         budget_bytes: int = 2 * GIB,
         progress: Progress | None = None,
+        differentiable: bool = False,
     ) -> None:
         self.weights = model.fast_weights
+        self.differentiable = differentiable
         for name, value, allowed in (("ablation", ablation, ABLATIONS), ("metric", metric, tuple(METRICS))):
             if value not in allowed:
                 raise PromptError(f"{name} {value!r} is not one of {', '.join(allowed)}")
@@ -223,6 +228,20 @@ class CircuitRunner:
                 meter.add(len(chunk) * len(batch.rows))
         return values
 
+    @cached_property
+    def for_gradients(self) -> CircuitRunner:
+        """The same with batches of prompts that are small enough for gradients."""
+        if self.differentiable:
+            return self
+        return CircuitRunner(
+            self.model,
+            self.pairs,
+            ablation=self.ablation,
+            metric=self.metric,
+            budget_bytes=self.budget,
+            differentiable=True,
+        )
+
     def references(self) -> Iterator[tuple[np.ndarray, Reference]]:
         """Batches of prompts, and the values of ablated edges on them."""
         for batch in self._batches:
@@ -271,7 +290,7 @@ class CircuitRunner:
                 if not fits:
                     raise BudgetError(
                         f"one circuit on one prompt of {int(widths[row])} tokens needs "
-                        f"{3 * walk_bytes(self.wiring, int(widths[row]), 1) / GIB:.2f} GiB beside the weights and the "
+                        f"{self._needed(int(widths[row])) / GIB:.2f} GiB beside the weights and the "
                         f"budget is {self.budget / GIB:.2f} GiB: raise budget_bytes, or shorten the prompts"
                     )
                 current.append(row)
@@ -279,9 +298,15 @@ class CircuitRunner:
         return found
 
     def _fits(self, tokens: int) -> bool:
+        return self._needed(tokens) <= self.budget
+
+    def _needed(self, tokens: int) -> int:
+        """Budget that one circuit on so many tokens needs."""
         itemsize = self.weights.embed.element_size()
-        walked = walk_bytes(self.wiring, tokens, 1, itemsize=itemsize)
-        return max(walked, reference_bytes(self.weights, tokens)) <= self.budget // 3
+        needed = [walk_bytes(self.wiring, tokens, 1, itemsize=itemsize), reference_bytes(self.weights, tokens)]
+        if self.differentiable:
+            needed.append(gradient_bytes(self.wiring, tokens, itemsize))
+        return 3 * max(needed)
 
     def _held(self) -> int:
         return sum(reference_bytes(self.weights, batch.width) * len(batch.rows) for batch in self._batches)

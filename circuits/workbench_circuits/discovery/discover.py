@@ -20,7 +20,6 @@ from workbench_circuits.discovery.refine import Refined, contributions, contribu
 from workbench_circuits.discovery.select import ALGORITHMS, Ranking, order_of, select
 from workbench_circuits.discovery.size import smallest
 from workbench_circuits.discovery.stability import stability
-from workbench_circuits.evaluation import evaluation_of
 from workbench_circuits.run import GIB, CircuitRunner, Progress
 from workbench_circuits.wiring import Mask
 
@@ -248,6 +247,7 @@ def find(
     prompts = draw_prompts(model, task, n=n, n_held_out=n_held_out, corruption=corruption, seed=seed, held_out=held_out)
     from workbench.tables import provenance
     from workbench_circuits._competence import competence
+    from workbench_circuits.evaluation import evaluation_of
 
     able = competence(model, prompts.competence)
     say(able.sentence)
@@ -373,8 +373,12 @@ class _Search:
             return _Found(mask=refined.masks[-1], taken=self.n_edges, record=record), refined
         goal = float(self.target or 0)
 
+        reached = [False]
+
         def failed(mask: Mask) -> bool:
-            return float(self.sizing.f(self.sizing.run([mask]))[0]) < 0.75 * goal
+            f = float(self.sizing.f(self.sizing.run([mask]))[0])
+            reached[0] |= f >= goal and mask.sum() < self.runner.n_edges / 8
+            return reached[0] and f < goal / 2
 
         floor = max(4, int(SMALLEST * self.runner.n_edges))
         refined = refine(self.runner, floor, stop=failed, resume=state, progress=self.say)
@@ -423,7 +427,7 @@ def _last_round(
         return None, None
     last = refined.round_of(found.taken)
     edges = runner.wiring.graph.all_edges()
-    values = contributions_by_prompt(runner, refined.masks[last])[:, edges.receiver, edges.sender].T
+    values = contributions_by_prompt(runner, refined.path[last])[:, edges.receiver, edges.sender].T
     up = float(runner.clean.mean() - runner.none.mean()) > 0
     helpful = refined.frame["rule"].iloc[last + 1] == "helpful"
     ranking = Ranking(edges=edges, effect=values.mean(1), signed=helpful, helps=1 if up else -1)

@@ -20,7 +20,7 @@ from workbench_circuits._gradients import edge_gradients
 from workbench_circuits.run import CircuitRunner, Progress
 from workbench_circuits.wiring import Mask
 
-RATIO = 0.6
+RATIO = 0.5
 """What share of the edges is kept from round to round."""
 
 
@@ -30,13 +30,15 @@ class Refined:
 
     Attributes:
         masks: the circuits, from the whole graph on.
-        scores: what the edges of each circuit but the last are ranked by, from which the next was taken
+        path: the circuits that were scored: of each size, the edges that add most.
+        scores: what the next circuit was taken by, from the contributions within each of the path
             `[receivers, senders]`.
         frame: one row a circuit: `n_edges`, `faithfulness` on the prompts of the search, and `rule`, how it was taken:
             the edges that add most (`helpful`), or those that matter most whichever way (`strong`).
     """
 
     masks: tuple[Mask, ...]
+    path: tuple[Mask, ...]
     scores: tuple[Float[np.ndarray, "receivers senders"], ...]
     frame: pd.DataFrame
 
@@ -84,7 +86,7 @@ def contributions_by_prompt(
 
 
 def _by_prompt(runner: CircuitRunner, circuit: Mask, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for rows, reference in runner.references():
+    for rows, reference in runner.for_gradients.references():
         parts = [edge_gradients(reference, runner.wiring, circuit * (step / steps)) for step in range(1, steps + 1)]
         yield rows, np.asarray(sum(parts) / steps)
 
@@ -105,14 +107,15 @@ def refine(
     in for each other, and edges that need each other. Here they are measured again in every circuit on the way. An edge
     that was dropped comes back if it would contribute more than another (as in progressive pruning, de Jorge et al.
     2021); scores are edge attributions with integrated gradients (Hanna et al. 2024), of the circuit instead of the
-    model. In every round two circuits of the wanted size are run, that of the edges that add most and that of those
-    that matter most whichever way, and the one whose faithfulness is closer to 1 is taken. It goes by gradients: in a
-    model whose attention is hard, as in compiled programs, they vanish and it fails; use `acdc` there.
+    model. The search goes on with the edges that add most. Beside them, in every round, a circuit of those that matter
+    most whichever way is run, and of the two the one whose faithfulness is closer to 1 is the circuit of this size:
+    among large circuits, where what works against the metric belongs to it, that is mostly the second. It goes by
+    gradients: in a model whose attention is hard, as in compiled programs, they vanish and it fails; use `acdc` there.
 
     Args:
         runner: model, prompts, ablation and metric.
         n_edges: edges to stop at.
-        stop: called with every circuit of below half the edges; true ends the search after it.
+        stop: called with every circuit; true ends the search after it.
         ratio: edges of one round to those of the last.
         steps: gradients a round, see `contributions`.
         resume: a file in which finished rounds are kept; a later call with the same arguments goes on from there.
@@ -133,29 +136,31 @@ def refine(
     )
     whole = runner.wiring.everything
     masks: list[Mask] = [whole]
+    path = [whole]
     scores: list[np.ndarray] = []
     rows: list[dict[str, Any]] = [{"n_edges": total, "faithfulness": 1.0, "rule": "all"}]
     sign = 1.0 if float(runner.clean.mean() - runner.none.mean()) > 0 else -1.0
     while rows[-1]["n_edges"] > n_edges:
         wanted = max(n_edges, int(total * ratio ** len(masks)))
         found = kept.round(len(masks) - 1, whole.shape)
-        added = sign * contributions(runner, masks[-1], steps=steps) if found is None else found
+        added = sign * contributions(runner, path[-1], steps=steps) if found is None else found
         kept.add(added, len(masks) - 1)
         choices = {"helpful": added, "strong": np.abs(added)}
         taken = [_take(runner, score, wanted) for score in choices.values()]
         f = runner.f(runner.run(taken))
         best = int(np.argmin(np.abs(1 - f)))
-        if not taken[best].any():
+        if not taken[0].any():
             break
+        path.append(taken[0])
         masks.append(taken[best])
         scores.append(list(choices.values())[best])
         rows.append({"n_edges": int(taken[best].sum()), "faithfulness": float(f[best]), "rule": list(choices)[best]})
         if progress is not None:
-            progress(f"refine: {rows[-1]['n_edges']:,} edges, faithfulness {f[best]:.2f}")
-        if wanted == n_edges or (stop is not None and wanted < total / 2 and stop(taken[best])):
+            progress(f"refine: {rows[-1]['n_edges']:,} edges, faithfulness {f[0]:.2f} ({f[1]:.2f} by size)")
+        if wanted == n_edges or (stop is not None and stop(taken[best])):
             break
     kept.discard()
-    return Refined(masks=tuple(masks), scores=tuple(scores), frame=pd.DataFrame(rows))
+    return Refined(masks=tuple(masks), path=tuple(path), scores=tuple(scores), frame=pd.DataFrame(rows))
 
 
 def _take(runner: CircuitRunner, score: np.ndarray, n: int) -> Mask:
