@@ -222,7 +222,8 @@ def _add_copying(
     rows, places = named.nonzero(as_tuple=True)
     if not len(rows):
         return
-    keep = np.sort(np.random.default_rng(seed).permutation(len(rows))[:n_copying])
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:n_copying])
+    keep = torch.as_tensor(drawn, device=rows.device)
     rows, places = rows[keep], places[keep]
     tokens = pairs.clean[rows, places]
     weights = found.model.fast_weights

@@ -68,7 +68,9 @@ def register(app: typer.Typer) -> None:
 
     @verb.command("show")
     def show(
-        name: Annotated[str, typer.Argument(help="The task; see `workbench task list`.")],
+        name: Annotated[
+            str, typer.Argument(help="A task, see `workbench task list`, a .csv file, or package.module:function.")
+        ],
         n: Annotated[int, typer.Option("--n", min=1, help="How many prompts to print.")] = 3,
         model: Annotated[
             str | None,
@@ -91,15 +93,23 @@ def register(app: typer.Typer) -> None:
         say = progress()
         loaded = open_model(model, device=device, dtype=dtype, say=say)
         corruptions = task.corruptions if corruption is None else (corruption,)
-        print(describe(task, loaded, n=n, seed=seed, corruptions=corruptions))
+        print(describe(task, loaded, n=_at_most(task, loaded, n), seed=seed, corruptions=corruptions))
         if not measure:
             return
         from workbench_circuits._competence import RULE, competence
 
         for each in corruptions:
-            say(f"{prompts} prompts of {name} ({each}) ...")
-            print(competence(loaded, task.pairs(loaded, prompts, seed=seed, corruption=each)).sentence)
+            count = _at_most(task, loaded, prompts)
+            say(f"{count} prompts of {name} ({each}) ...")
+            print(competence(loaded, task.pairs(loaded, count, seed=seed, corruption=each)).sentence)
         print(RULE)
+
+
+def _at_most(task: Task, model: Model, n: int) -> int:
+    """`n`, or as many prompts as a file has."""
+    from workbench_circuits.tasks import CsvTask
+
+    return min(n, len(task.pairs(model))) if isinstance(task, CsvTask) else n
 
 
 def describe(task: Task, model: Model, *, n: int, seed: int, corruptions: tuple[str, ...]) -> str:
