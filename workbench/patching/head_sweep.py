@@ -96,20 +96,20 @@ class Effects:
     noise_floor: float
 
 
-def places_of(pairs: PromptPairs, positions: Positions) -> list[Place]:
-    """The places that are patched one after another."""
+def places_of(pairs: PromptPairs, positions: Positions, *, causal: bool = True) -> list[Place]:
+    """The places that are patched one after another; of a causal model those up to the answer, which alone matter."""
     if positions == "all":
         return [Place()]
-    answer = pairs.answer_positions
+    last = pairs.answer_positions if causal else pairs.lengths - 1
     if positions == "spans":
         return [
-            Place(name=name, at=torch.where(at.to(answer.device) <= answer, at.to(answer.device), ABSENT))
+            Place(name=name, at=torch.where(at.to(last.device) <= last, at.to(last.device), ABSENT))
             for name, at in pairs.spans.items()
         ]
-    absent = torch.full_like(answer, ABSENT)
+    absent = torch.full_like(last, ABSENT)
     return [
-        Place(position=p, at=torch.where(answer >= p, torch.full_like(answer, p), absent))
-        for p in range(int(answer.max()) + 1)
+        Place(position=p, at=torch.where(last >= p, torch.full_like(last, p), absent))
+        for p in range(int(last.max()) + 1)
     ]
 
 
@@ -161,7 +161,7 @@ class _Work:
         self.model, self.pairs, self.settings, self.means, self.say = model, pairs, settings, means, say
         self.budget_bytes = budget_bytes
         self.components = components_of(model.spec, settings.components)
-        self.places = places_of(pairs, settings.positions)
+        self.places = places_of(pairs, settings.positions, causal=model.spec.causal)
         dtype = np.float64 if at_least_float32(model.dtype) == torch.float64 else np.float32
         self.shape = (len(self.places), len(self.components), len(pairs))
         self.total = np.full(self.shape, np.nan, dtype=dtype)
@@ -250,7 +250,7 @@ class _Work:
         if place.at is not None:
             at = place.at[batch.to(place.at.device)].to(runs.final.device)
             inside = (runs.window.positions == at[:, None]).any(1)
-            if self.settings.ablation is Ablation.RESAMPLE:  # the versions agree before their first difference
+            if self.settings.ablation is Ablation.RESAMPLE and runs.window.causal:  # before it the versions agree
                 inside &= at >= runs.pairs.first_difference
             if not inside.any():
                 yield todo, np.zeros((len(todo), len(batch)), dtype=self.total.dtype)

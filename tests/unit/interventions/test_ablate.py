@@ -103,17 +103,14 @@ def test_zeroing_a_shared_value_is_another_intervention(llama):
 
 @given(ablation=st.sampled_from(FREE), cut=st.integers(1, 11), seed=st.integers(0, 50))
 @settings(max_examples=25, deadline=None)
-def test_causality_is_kept(ablation, cut, seed):
+def test_causality_is_kept(llama, ablation, cut, seed):
     """Tokens from `cut` on, padding among them, change nothing before."""
-    model = CAUSAL
+    model = llama
     tokens = torch.randint(101, (2, 12), generator=torch.Generator().manual_seed(seed))
     other = tokens.clone()
     other[:, cut:] = (other[:, cut:] + 7) % 101
     edit = ablate(model, ["a0.h1", "a1.h2"], ablation)
     torch.testing.assert_close(model.forward(tokens, edit=edit)[:, :cut], model.forward(other, edit=edit)[:, :cut])
-
-
-CAUSAL = model_of("llama")
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
