@@ -3,18 +3,28 @@
 import csv
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
+from workbench._prompt_checks import ABSENT
+from workbench._prompt_inputs import TextModel, token_at
 from workbench.errors import DataError, PromptError
+
+SPAN = "span:"
+"""Begins the name of a column that names a word of each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairTable:
     """The columns of a CSV file of prompt pairs; answers are ids or words.
 
-    `where` says for every prompt which line of which file it ends on.
+    `where` says for every prompt which line of which file it ends on; `spans` has, by name, a word of each prompt and
+    which of its occurrences, counted from 1, or None.
     """
 
     where: list[str]
@@ -24,6 +34,7 @@ class PairTable:
     incorrect: list[list[Any]]
     as_ids: bool
     templates: list[str] | None
+    spans: dict[str, list[tuple[str, int] | None]]
 
 
 def read_csv(path: Path) -> PairTable:
@@ -71,6 +82,11 @@ def read_csv(path: Path) -> PairTable:
         incorrect=incorrect,
         as_ids=as_ids,
         templates=[row["template"] or "" for _, row in rows] if "template" in header else None,
+        spans={
+            name.removeprefix(SPAN): [_read_span(where, name, row[name] or "") for where, row in rows]
+            for name in header
+            if name.startswith(SPAN)
+        },
     )
 
 
@@ -118,6 +134,56 @@ def _check_row(where: str, row: dict[str, Any], header: list[str], needed: list[
             f"{where}: clean and corrupted are both {row['clean']!r}: nothing could be patched; change what the answer "
             "hangs on in corrupted"
         )
+
+
+def span_positions(
+    table: PairTable, model: TextModel, tokens: Int[Tensor, "n t"], lengths: Int[Tensor, " n"], bos: bool | None
+) -> dict[str, list[int]]:
+    """Positions of the words that the span columns name, `ABSENT` where a cell is empty.
+
+    Raises:
+        PromptError: if a word is not in its prompt, or no token begins with it.
+    """
+    rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    found: dict[str, list[int]] = {}
+    for name, cells in table.spans.items():
+        found[name] = [
+            ABSENT if cell is None else _position(where, f"{SPAN}{name}", cell, model, text, row, bos)
+            for where, cell, text, row in zip(table.where, cells, table.clean, rows, strict=True)
+        ]
+    return found
+
+
+def _position(
+    where: str, column: str, cell: tuple[str, int], model: TextModel, text: str, row: list[int], bos: bool | None
+) -> int:
+    word, occurrence = cell
+    places = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text)]
+    if len(places) < occurrence:
+        raise PromptError(
+            f"{where}: {column} is {word!r}, occurrence {occurrence}, and clean has it {len(places)} times: {text!r}; "
+            "name a word of the clean prompt, with #2 for its second occurrence"
+        )
+    place = places[occurrence - 1]
+    begins = place - 1 if place and text[place - 1] == " " else place
+    for start in (begins, place):
+        at = token_at(model, text, start, row, bos)
+        if at is not None:
+            return at
+    raise PromptError(
+        f"{where}: {column} is {word!r}, and no token of this tokenizer begins with it in {text!r}: use from_tokens"
+    )
+
+
+def _read_span(where: str, column: str, cell: str) -> tuple[str, int] | None:
+    match = re.fullmatch(r"(.+?)(?:#([1-9]\d*))?", cell.strip())
+    if match is None:
+        if cell.strip():
+            raise PromptError(
+                f"{where}: {column} is {cell!r}, expected a word of clean, or word#2 for its second place"
+            )
+        return None
+    return match[1], int(match[2] or 1)
 
 
 def _read_ids(where: str, column: str, cell: str) -> list[int]:

@@ -193,6 +193,23 @@ def _not_single(model: TextModel, where: str, word: str) -> str:
     )
 
 
+def token_at(model: TextModel, text: str, place: int, row: Sequence[int], bos: bool | None = None) -> int | None:
+    """Which of a text's tokens begins at a place in it; None if the tokenizer lets none begin there.
+
+    Args:
+        model: whose tokenizer is used.
+        text: the text.
+        place: index of a character.
+        row: the tokens of the whole text, with BOS as `bos` says.
+        bos: as in `PromptPairs.from_texts`.
+    """
+    if place == 0:
+        return int(model.prepends_bos if bos is None else bos)
+    ids, lengths = model.to_tokens([text[:place]], bos=bos)
+    before = ids[0, : int(lengths[0])].tolist()
+    return len(before) if len(before) < len(row) and before == list(row[: len(before)]) else None
+
+
 def row_index(index: Any, n: int) -> Int[Tensor, " m"]:
     """`index` (integers, slice or boolean mask) as row numbers below `n`."""
     if isinstance(index, slice):

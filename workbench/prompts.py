@@ -15,7 +15,7 @@ from torch import Tensor
 from workbench import _prompt_checks as checks
 from workbench import _prompt_inputs as inputs
 from workbench._prompt_checks import ABSENT
-from workbench._prompt_csv import check_ids, read_csv
+from workbench._prompt_csv import check_ids, read_csv, span_positions
 from workbench._prompt_inputs import TextModel
 from workbench.errors import PromptError
 
@@ -192,7 +192,8 @@ class PromptPairs:
 
         Columns `clean`, `corrupted`, and either `correct_idx`, `incorrect_idx` (token ids, as EAP-IG writes them) or
         `correct`, `incorrect` (words with their leading space). A cell may hold a JSON list, which is a set. A column
-        `template` is taken if there; other columns are ignored.
+        `template` is taken if there, and columns `span:NAME`, which name a position by a word of the clean prompt
+        ("Mary", or "Mary#2" for its second occurrence; empty where there is none). Other columns are ignored.
 
         Raises:
             DataError: if the file cannot be read.
@@ -221,6 +222,7 @@ class PromptPairs:
             model=model,
             templates=table.templates,
             task=Path(path).stem,
+            spans=span_positions(table, model, tokens, lengths, bos),
             prepends_bos=model.prepends_bos if bos is None else bos,
         )
 

@@ -45,12 +45,14 @@ def register(app: typer.Typer) -> None:
         from workbench.cli.console import open_model, progress
         from workbench_circuits._competence import survey
 
+        if out is not None and not out.expanduser().absolute().parent.is_dir():
+            raise OutputError(f"--out {out}: there is no folder {out.parent}; make it first")
         say = progress()
         found = survey(open_model(model, device=device, dtype=dtype, say=say), n=n, seed=seed, progress=say)
         print(found.text)
         if out is not None:
             try:
-                found.frame.to_csv(out, index=False)
+                found.frame.to_csv(out.expanduser(), index=False)
             except OSError as error:
                 raise OutputError(
                     f"--out {out} cannot be written ({error}): give a file in an existing folder"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from workbench._prompt_inputs import token_at
 from workbench.errors import PromptError
 from workbench.prompts import ABSENT, PromptPairs, TextModel
 
@@ -187,17 +188,13 @@ def find(example: Example, row: Sequence[int], model: TextModel, name: str) -> i
 
 def _token_at(example: Example, row: Sequence[int], model: TextModel, name: str) -> int:
     place = example.at[name]
-    before = example.clean[:place]
-    if not before:
-        return int(model.prepends_bos)
-    ids, lengths = model.to_tokens([before])
-    found = ids[0, : int(lengths[0])].tolist()
-    if found != list(row[: len(found)]) or len(found) >= len(row):
+    found = token_at(model, example.clean, place, row)
+    if found is None:
         raise PromptError(
             f"no token of {example.clean!r} begins at character {place}, where {name} was looked for: this tokenizer "
             "splits the text differently there; use PromptPairs.from_tokens"
         )
-    return len(found)
+    return found
 
 
 def one_of(what: str, value: str, known: Sequence[str]) -> None:

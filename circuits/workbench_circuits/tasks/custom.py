@@ -101,7 +101,9 @@ class CsvTask(Task):
             )
         if n is not None:
             rows = random.Random(seed).sample(rows, n)
-        return replace(everything.subset(rows), corruption=CORRUPTION, seed=None if n is None else seed)
+        chosen = everything.subset(rows)
+        spans = {**chosen.spans, "END": chosen.answer_positions}
+        return replace(chosen, corruption=CORRUPTION, seed=None if n is None else seed, spans=spans)
 
     def _rows(self, everything: PromptPairs, split: Split | None) -> list[int]:
         rows = list(range(len(everything)))

@@ -238,3 +238,34 @@ def test_a_function_that_repeats_itself_and_one_asked_for_a_split(model):
         task.pairs(model, 1, split="train")
     with pytest.raises(PromptError, match=r"does not take \['colour'\]"):
         wc.Task.from_function(broken(), colour=1)
+
+
+# --- positions named in a file --------------------------------------------------------------------
+
+
+def test_columns_can_name_positions_by_their_words(model, tmp_path):
+    pairs = wc.load_task("ioi").pairs(model, 6, seed=1)
+    rows = []
+    for i in range(6):
+        length = int(pairs.lengths[i])
+        texts = ["".join(model.to_str_tokens(ids[i, :length])) for ids in (pairs.clean, pairs.corrupted)]
+        io, s = (model.to_str_tokens(ids[i])[0] for ids in (pairs.answers, pairs.wrong_answers))
+        rows.append((*texts, io, s, io.strip(), f"{s.strip()}#2", "" if i else texts[0].split(" ")[0]))
+    path = write(tmp_path / "spans.csv", f"{HEAD},span:IO,span:S2,span:FIRST", rows)
+    found = wc.load_task(path).pairs(model)
+    assert torch.equal(found.spans["IO"], pairs.spans["IO"])
+    assert torch.equal(found.spans["S2"], pairs.spans["S2"])
+    assert found.spans["FIRST"].tolist() == [0, -1, -1, -1, -1, -1]
+    assert torch.equal(found.spans["END"], pairs.answer_positions)
+    # a BOS in front moves them all
+    with_bos = PromptPairs.from_csv(tiny_text_model(bos_token="<s>"), path, bos=True)
+    assert torch.equal(with_bos.spans["S2"], pairs.spans["S2"] + 1)
+    assert with_bos.spans["FIRST"][0] == 1
+
+
+def test_a_position_that_is_not_there_is_named(model, tmp_path):
+    path = write(
+        tmp_path / "spans.csv", f"{HEAD},span:PET", [("the dog and", "the cat and", " Mary", " John", "dog#2")]
+    )
+    with pytest.raises(PromptError, match=r"line 2: span:PET is 'dog', occurrence 2, and clean has it 1 times"):
+        wc.load_task(path).pairs(model)
