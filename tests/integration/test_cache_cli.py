@@ -37,6 +37,7 @@ def test_token_ids_from_a_file_are_captured_and_gone_on_with(model_folder, tmp_p
     assert result.exit_code == 0, result.stderr
     assert "6 prompts x 8 tokens, pattern.key_mean layer 1; pattern.diagonals(1,2) layer 1; z.norm" in result.stdout
     assert "48 tokens in" in result.stdout
+    assert result.stdout.startswith("estimate: 6 prompts x 8 tokens in 2 batches of 4: ")
     held = wb.open_cache(tmp_path / "out")
     assert torch.equal(held.tokens, ids)
     model = wb.load_model(str(model_folder))

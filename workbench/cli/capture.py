@@ -77,6 +77,12 @@ def register(app: typer.Typer) -> None:
         say = progress()
         loaded = open_model(model, device=device, dtype=dtype, say=say)
         ids, lengths = _windows(loaded, text, length) if text is not None else _ids(tokens)
+        said: list[str] = []
+
+        def tell(message: str) -> None:
+            said.append(message)
+            say(message)
+
         begun = time.monotonic()
         cache = run(
             loaded,
@@ -89,8 +95,9 @@ def register(app: typer.Typer) -> None:
             budget_bytes=budget_bytes,
             batch_size=batch_size,
             dtype=kept,
-            progress=say,
+            progress=tell,
         )
+        print(f"estimate: {said[0]}")
         print(cache)
         print(
             f"{int(cache.lengths.sum()):,} tokens in {time.monotonic() - begun:.1f} s; "

@@ -310,6 +310,15 @@ def test_another_capture_is_refused_with_what_differs(folder, options, message):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_capture_killed_before_its_first_manifest_begins_anew(made, tmp_path, whole):
+    shutil.copy(made / "prompts.safetensors", tmp_path)
+    for name in (".lock", ".manifest.json.part", ".prompts.safetensors.part"):
+        (tmp_path / name).write_text("half")
+    assert_same(into(tmp_path), whole)
+    assert not list(tmp_path.glob(".*.part"))
+    assert_same(wb.open_cache(tmp_path), whole)
+
+
 def test_another_version_of_a_reduction_is_another_capture(tmp_path):
     into(tmp_path, reduce=[mine("1")])
     into(tmp_path, reduce=[mine("1")])
