@@ -20,6 +20,8 @@ from workbench.patching.precision import Precision
 from workbench.patching.runs import Runs
 from workbench.patching.sweep import Group
 
+BACKEND = "triton"
+
 
 def served_by_kernels(runs: Runs) -> bool:
     """Whether receivers of these runs are scored by Triton rather than by batched torch."""
@@ -65,7 +67,7 @@ class KernelScores:
         self.rounded = precision != "fp32"
         self.dtype = torch.bfloat16 if precision == "bf16" else runs.final.dtype
         self.products = "tf32" if precision == "tf32" else "ieee"
-        self.backend = "triton"
+        self.backend = BACKEND
         self._layer = -1
 
     def _at_layer(self, index: int) -> tuple[kernels.Attention, kernels.BaseAttention]:
