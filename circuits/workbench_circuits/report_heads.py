@@ -101,7 +101,7 @@ def describe(
             "would have an interval that leaves 0 out."
         ),
         figures=tuple(figures),
-        tables=tuple(table for table in (effects, spans, attribution) if table is not None),
+        tables=(HeadTable.concat([table for table in (effects, spans, attribution) if table is not None]),),
         html_tables=(strongest_table(effects),),
         warnings=unsolved,
         main=tuple({"analysis": "head_effects", "metric": metric} for metric in ("total_effect", "direct_effect")),

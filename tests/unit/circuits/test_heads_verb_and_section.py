@@ -13,6 +13,7 @@ import workbench as wb
 import workbench_circuits as wc
 from tiny_text import tiny_text_model
 from workbench.errors import PromptError
+from workbench.report.heads import main_rows
 from workbench.report.section import ReportContext
 from workbench.tables import HeadTable
 from workbench_circuits import report_heads
@@ -113,26 +114,24 @@ def test_the_text_marks_self_repair_columns_and_a_model_without_floor(model):
 
 
 def test_the_section_shows_and_says_what_its_tables_hold(section, model):
-    effects, spans, attribution = section.tables
-    for table in section.tables:
-        table.validate()
-    combined = HeadTable.concat(section.tables)
-    combined.validate()
+    (table,) = section.tables
+    effects = table.validate()
+    assert set(table.frame["analysis"]) == {"head_effects", "direct_effects"}
+    assert [set(rows.frame["metric"]) for rows in main_rows(section)] == [{"total_effect", "direct_effect"}]
     heat, scatter, bars, by_position = section.figures
     np.testing.assert_allclose(np.array(heat.data[0].z, dtype=float), effects.matrix("total_effect"))
     np.testing.assert_allclose(np.array(heat.data[1].z, dtype=float), effects.matrix("direct_effect"))
     assert len(scatter.data[0].x) == model.spec.n_layers * model.spec.n_heads
-    assert list(bars.data[0].y) == effects.select("mlp_total_effect")["value"].tolist()
+    assert list(bars.data[0].y) == effects.select("mlp_total_effect", input="ioi")["value"].tolist()
     assert list(by_position.data[0].x) == ["S2", "END"]
-    at_end = spans.select("attention_total_effect", input="ioi, END")["value"].tolist()
+    at_end = table.select("attention_total_effect", input="ioi, END")["value"].tolist()
     assert [row[1] for row in by_position.data[0].z] == at_end
     best = effects.top("total_effect", 1).iloc[0]
     assert f"strongest in total are a{best['layer']}.h{best['head']} " in section.sentence
     assert "which the model cannot do" in section.sentence
     assert any("not solved" in warning for warning in section.warnings)
-    remainder = attribution.provenance["largest_remainder"]
-    assert remainder < 1e-4
-    assert f"within {remainder:.0e} logits" in section.method
+    remainder = float(re.search(r"add up to the logit difference within (\S+) logits", section.method)[1])
+    assert 0 < remainder < 1e-4
     assert "6 IOI prompts (seed 2)" in section.method
 
 
@@ -191,7 +190,7 @@ def test_a_section_without_mlps_positions_or_attribution():
     table = table_of(total=[-1.0, 0.5], direct=[-2.0, 0.5])
     section = describe(None, SimpleNamespace(verdict="solved", solved=True), table, None, None)
     assert len(section.figures) == 2
-    assert section.tables == (table,)
+    assert section.tables[0].frame.equals(table.frame)
     assert section.warnings == ()
 
 
