@@ -74,8 +74,10 @@ def receiver_parts(receiver: str) -> tuple[str, str]:
     raise DataError(f"{receiver!r} is no receiver: expected logits, m5, a3.h1<q>, a3.h1<k>, a3.h1<v> or a3.kv0<k>")
 
 
-def place(nodes: Iterable[Node], links: Sequence[tuple[str, str]]) -> dict[str, tuple[float, float]]:
-    """Coordinates of every node: one row for each kind within each layer that occurs, spacing at least 1.
+def place(
+    nodes: Iterable[Node], links: Sequence[tuple[str, str]], widths: Mapping[str, float] | None = None
+) -> dict[str, tuple[float, float]]:
+    """Coordinates of every node: one row for each kind within each layer that occurs, nodes side by side.
 
     Rows are centred; within a row nodes are ordered by the mean place of their neighbours, over several sweeps up and
     down (Sugiyama, Tagawa and Toda 1981).
@@ -83,7 +85,9 @@ def place(nodes: Iterable[Node], links: Sequence[tuple[str, str]]) -> dict[str, 
     Args:
         nodes: all different.
         links: pairs of names.
+        widths: of the nodes by name; 1 where there is none.
     """
+    wide = widths or {}
     rows: dict[tuple[int, int], list[Node]] = {}
     for node in sorted(nodes):
         rows.setdefault((node.layer, node.level), []).append(node)
@@ -100,17 +104,18 @@ def place(nodes: Iterable[Node], links: Sequence[tuple[str, str]]) -> dict[str, 
     for sweep in range(_SWEEPS):
         for row in list(rows.values())[:: 1 if sweep % 2 == 0 else -1]:
             wanted = [np.mean([x[other] for other in neighbours[node.name]] or [x[node.name]]) for node in row]
-            for node, at in zip(row, _apart(wanted), strict=True):
+            sizes = [wide.get(node.name, 1.0) for node in row]
+            for node, at in zip(row, _apart(wanted, sizes), strict=True):
                 x[node.name] = at
     return {node.name: (x[node.name], y[at]) for at, row in rows.items() for node in row}
 
 
-def _apart(wanted: Sequence[float]) -> list[float]:
-    """Places near the wanted ones, in their order, at least 1 apart, with the mean they had."""
+def _apart(wanted: Sequence[float], widths: Sequence[float]) -> list[float]:
+    """Places near the wanted ones, in their order, so that nodes do not overlap, with the mean they had."""
     order = np.argsort(wanted, kind="stable")
-    placed = np.asarray(wanted, dtype=float)[order]
+    placed, sizes = np.asarray(wanted, dtype=float)[order], np.asarray(widths, dtype=float)[order]
     for at in range(1, len(placed)):
-        placed[at] = max(placed[at], placed[at - 1] + 1)
+        placed[at] = max(placed[at], placed[at - 1] + (sizes[at - 1] + sizes[at]) / 2)
     placed += np.mean(wanted) - placed.mean()
     found = np.empty(len(placed))
     found[order] = placed
@@ -129,7 +134,12 @@ def curve(start: tuple[float, float], end: tuple[float, float], bend: float) -> 
     return np.asarray(across).tolist(), np.asarray(up).tolist()
 
 
-def bend_of(start: tuple[float, float], end: tuple[float, float], places: Mapping[str, tuple[float, float]]) -> float:
+def bend_of(
+    start: tuple[float, float],
+    end: tuple[float, float],
+    places: Mapping[str, tuple[float, float]],
+    widths: Mapping[str, float],
+) -> float:
     """How far an edge swings sideways: not at all if its straight line passes no node, else past the nodes."""
     (x0, y0), (x1, y1) = start, end
     if y1 <= y0:
@@ -137,8 +147,8 @@ def bend_of(start: tuple[float, float], end: tuple[float, float], places: Mappin
 
     def clear(bend: float) -> bool:
         xs, ys = (np.array(part) for part in curve(start, end, bend))
-        between = ((x, y) for x, y in places.values() if y0 < y < y1)
-        return all(abs(np.interp(y, ys, xs) - x) >= 0.55 for x, y in between)
+        between = ((x, y, widths.get(name, 1.0)) for name, (x, y) in places.items() if y0 < y < y1)
+        return all(abs(np.interp(y, ys, xs) - x) >= width / 2 + 0.05 for x, y, width in between)
 
     middle = np.mean([x for x, _ in places.values()]) if places else 0.0
     side = 1 if (x0 + x1) / 2 >= middle else -1

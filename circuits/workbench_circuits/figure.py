@@ -28,6 +28,7 @@ CHANNELS = {
 
 _FILL = {"input": "#eef1f4", "kv": "#fff6e8", "head": "#ffffff", "mlp": "#f5edf5", "logits": "#eef1f4"}
 _ROW, _WIDEST, _THINNEST = 44, 6.0, 0.8
+_UNIT, _PER_LETTER = 56, 5.2
 
 
 def circuit_figure(
@@ -62,7 +63,7 @@ def circuit_figure(
         mark: what must be said of the task, as `Competence.mark` has it; shown in the title.
         metric: name of the metric in the legend.
         unit: unit of the effects.
-        roles: a short role by name of node, written below it.
+        roles: roles by name of node, as `HeadRoles.labels` has them, written below it, each on a line.
         max_edges: draw only so many, the strongest; the title says so.
 
     Returns:
@@ -88,7 +89,9 @@ def circuit_figure(
     names = dict.fromkeys(name for sender, node, *_ in parts for name in (sender, node))
     nodes = {name: node_of(name, spec.n_layers) for name in names}
     groups = _groups(nodes.values(), spec)
-    places = place(nodes.values(), [(sender, node) for sender, node, *_ in parts] + groups)
+    words = {name: role.split(", ") for name, role in (roles or {}).items() if role and name in nodes}
+    widths = {name: max(1.0, (_PER_LETTER * max(map(len, lines)) + 10) / _UNIT) for name, lines in words.items()}
+    places = place(nodes.values(), [(sender, node) for sender, node, *_ in parts] + groups, widths)
     figure = go.Figure()
     for kv, head in groups:
         (x0, y0), (x1, y1) = places[kv], places[head]
@@ -103,15 +106,15 @@ def circuit_figure(
     sizes = np.array([abs(effect) for *_, effect in parts])
     largest = float(np.nanmax(sizes)) if np.isfinite(sizes).any() else 0.0
     middles: list[tuple[float, float, str]] = []
-    widest = max(abs(x) for x, _ in places.values())
+    reach = [x + side * widths.get(name, 1.0) / 2 for name, (x, _) in places.items() for side in (-1, 1)]
     between: list[tuple[str, str]] = []
     for sender, node, channel, effect in reversed(parts):
         share = abs(effect) / largest if largest > 0 and np.isfinite(effect) else 0.0
-        bend = bend_of(places[sender], places[node], places)
+        bend = bend_of(places[sender], places[node], places, widths)
         beside = between.count((sender, node))
         between.append((sender, node))
         xs, ys = curve(places[sender], places[node], bend + (0.25 * beside if bend >= 0 else -0.25 * beside))
-        widest = max(widest, *map(abs, xs))
+        reach += xs
         figure.add_scatter(
             x=xs,
             y=ys,
@@ -139,12 +142,11 @@ def circuit_figure(
     )
     _legend(figure, {channel for _, _, channel, _ in parts}, [effect for *_, effect in parts], metric)
     for name, (x, y) in places.items():
-        role = (roles or {}).get(name)
+        role = "<br>".join(map(escape, words.get(name, [])))
         figure.add_annotation(
             x=x,
             y=y,
-            text=escape(name)
-            + (f"<br><span style='font-size:9px;color:{MUTED}'>{escape(role)}</span>" if role else ""),
+            text=escape(name) + (f"<br><span style='font-size:9px;color:{MUTED}'>{role}</span>" if role else ""),
             showarrow=False,
             bgcolor=_FILL[nodes[name].kind],
             bordercolor="#7b8794",
@@ -163,8 +165,8 @@ def circuit_figure(
         left=70,
     )
     pin_title(figure)
-    widest += 0.8
-    figure.update_xaxes(visible=False, range=[-widest, widest], autorange=False)
+    left, right = min(reach) - 0.3, max(reach) + 0.3
+    figure.update_xaxes(visible=False, range=[left, right], autorange=False)
     ticks = _layer_ticks(nodes.values(), places)
     figure.update_yaxes(
         tickvals=[at for at, _ in ticks],
@@ -179,7 +181,7 @@ def circuit_figure(
     figure.update_layout(
         showlegend=True,
         legend={"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top", "font": {"size": 11}},
-        shapes=_bands(nodes.values(), places, widest),
+        shapes=_bands(nodes.values(), places, left, right),
     )
     return figure
 
@@ -244,14 +246,14 @@ def _layer_ticks(nodes: Any, places: Mapping[str, tuple[float, float]]) -> list[
     return [((min(ys) + max(ys)) / 2, f"layer {layer}") for layer, ys in sorted(_layer_rows(nodes, places).items())]
 
 
-def _bands(nodes: Any, places: Mapping[str, tuple[float, float]], widest: float) -> list[dict[str, Any]]:
+def _bands(nodes: Any, places: Mapping[str, tuple[float, float]], left: float, right: float) -> list[dict[str, Any]]:
     """Pale bands behind every second layer."""
     pad = 0.5 + LAYER_GAP / 2
     return [
         {
             "type": "rect",
-            "x0": -widest,
-            "x1": widest,
+            "x0": left,
+            "x1": right,
             "y0": min(ys) - pad,
             "y1": max(ys) + pad,
             "fillcolor": "#f6f8fa",

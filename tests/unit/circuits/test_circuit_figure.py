@@ -153,14 +153,15 @@ names = st.one_of(
 def test_nodes_never_overlap_and_rows_go_up_with_the_layers(inner, data):
     nodes = [node_of(name, 4) for name in ("input", *inner, "logits")]
     pairs = st.tuples(st.sampled_from(inner), st.sampled_from(inner))
-    places = place(nodes, data.draw(st.lists(pairs, max_size=30)))
+    widths = data.draw(st.dictionaries(st.sampled_from(inner), st.floats(1, 3)))
+    places = place(nodes, data.draw(st.lists(pairs, max_size=30)), widths)
     assert set(places) == {node.name for node in nodes}
     for a in nodes:
         for b in nodes:
             (xa, ya), (xb, yb) = places[a.name], places[b.name]
             if a != b and (a.layer, a.level) == (b.layer, b.level):
                 assert ya == yb
-                assert abs(xa - xb) > 1 - 1e-9
+                assert abs(xa - xb) > (widths.get(a.name, 1) + widths.get(b.name, 1)) / 2 - 1e-9
             elif (a.layer, a.level) < (b.layer, b.level):
                 assert yb - ya >= 1
 
