@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TASK, CORRUPTION = "ioi", "s2_flip"
 _N, _N_QUICK = 16, 6
 _COMPETENCE_PROMPTS = 100
-_STRONGEST = 5
+_STRONGEST = 3
 _LISTED = 10
 
 
@@ -82,9 +82,7 @@ def describe(
     if spans is not None:
         figures.append(span_heatmap(spans))
     unsolved = (
-        ()
-        if able.solved
-        else (f"{able.verdict}: {able.sentence} These are the heads behind whatever the model does here instead.",)
+        () if able.solved else (f"{able.sentence} These are the heads behind whatever the model does here instead.",)
     )
     return Section(
         name="head_effects",

@@ -188,7 +188,9 @@ def record(
             observe["z"] = keeper("z", z_layers)
         if mlp_layers:
             observe["mlp_out"] = keeper("mlp_out", mlp_layers)
-        model.forward(rows, observe=observe, unembed_positions=torch.zeros(len(rows), dtype=torch.long))
+        model.forward(
+            rows, observe=observe, unembed_positions=torch.zeros(len(rows), dtype=torch.long, device=model.device)
+        )
     z, mlp = ({layer: torch.cat(found) for layer, found in parts[site].items()} for site in ("z", "mlp_out"))
     return z, mlp
 
