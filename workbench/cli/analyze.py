@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from workbench.tables import HeadTable
 
 _GROUP = "workbench.analyzers"
+_ON_CACHES = ("attention_sinks", "head_patterns")
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +31,9 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")] = 0,
         device: Annotated[str | None, typer.Option(help="For example cpu or cuda.")] = None,
         dtype: Annotated[str | None, typer.Option(help="For example float32 or bfloat16.")] = None,
+        cache: Annotated[
+            Path | None, typer.Option(help="Analyze a folder that `workbench capture` wrote, without running a model.")
+        ] = None,
         top: Annotated[int, typer.Option(min=0, help="How many of the strongest heads to print.")] = 5,
     ) -> None:
         from workbench.cli.console import open_model, progress
@@ -38,14 +42,30 @@ def register(app: typer.Typer) -> None:
         run = _find(name)
         say = progress()
         folder = prepare(out)
-        loaded = open_model(model, device=device, dtype=dtype, say=say)
-        say(f"{name} ...")
-        table: HeadTable = run(loaded, seed=seed)
+        if cache is None:
+            loaded = open_model(model, device=device, dtype=dtype, say=say)
+            say(f"{name} ...")
+            table: HeadTable = run(loaded, seed=seed)
+        else:
+            table = _from_cache(name, run, cache, model)
         say("saving")
         table.save(folder)
         if top:
             print(_summary(table, top))
         say(f"saved in {folder}")
+
+
+def _from_cache(name: str, run: Any, folder: Path, model: str | None) -> HeadTable:
+    from workbench.cache import open_cache
+
+    if model is not None:
+        raise DataError(f"--cache {folder} says which model it is of: leave --model {model!r} out")
+    if name not in _ON_CACHES:
+        raise DataError(
+            f"{name} needs a model to run: leave --cache out (a cache will do for {' and '.join(_ON_CACHES)})"
+        )
+    table: HeadTable = run(open_cache(folder))
+    return table
 
 
 def _names() -> list[str]:
