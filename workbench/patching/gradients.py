@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import workbench_kernels as kernels
 from workbench.models.weights import LayerWeights, Norm
 from workbench.patching.passes import run_window
 from workbench.patching.runs import Runs
@@ -84,6 +85,26 @@ def unit_stream(norm: Norm, x: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor,
     centred = x - x.mean(-1, keepdim=True) if norm.kind == "layernorm" else x
     sigma = (centred.square().mean(-1) + norm.eps).sqrt()
     return centred / sigma[..., None], sigma
+
+
+def patched_inverse(
+    norm: Norm,
+    unit: Float[Tensor, "rows d_model"],
+    sigma: Float[Tensor, "rows"],
+    deltas: Float[Tensor, "rows senders d_model"],
+) -> Float[Tensor, "rows senders"]:
+    """1/sigma of every patched stream, from `x.x`, `x.d` and `d.d`."""
+    if norm.kind == "none":
+        return sigma.new_ones(deltas.shape[:2])
+    if deltas.numel() and kernels.backend_for(deltas) == "triton":
+        return kernels.inverse_sigma(norm.kind, unit[None], sigma[None], deltas[None], eps=norm.eps)[0]
+    d_model = deltas.shape[-1]
+    square = torch.linalg.vector_norm(deltas, dim=-1, dtype=sigma.dtype).square()
+    if norm.kind == "layernorm":
+        square = square - deltas.sum(-1, dtype=sigma.dtype).square() / d_model
+    cross = torch.bmm(deltas, unit[..., None]).squeeze(-1).to(sigma.dtype) * sigma[:, None]
+    own = (sigma.square() - norm.eps)[:, None] * d_model
+    return torch.rsqrt((own + 2 * cross + square).clamp(min=0) / d_model + norm.eps)
 
 
 def receiver_gradients(

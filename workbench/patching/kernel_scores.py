@@ -135,7 +135,7 @@ class KernelScores:
         for part in self._chunks(others, deltas.shape[0] * deltas.shape[1], len(group.heads)):
             moved = (_columns(deltas, part) @ rows).unflatten(-1, (len(group.heads), -1))
             found[:, part] = self._score(group, fixed, _columns(inverse, part), moved=moved)
-        for part in self._chunks(heads, max(weights.spec.d_head, deltas.shape[1]), len(group.heads)):
+        for part in self._chunks(heads, max(weights.spec.d_head, deltas.shape[0] * deltas.shape[1]), len(group.heads)):
             numbers = [(self.senders[c].layer, self.senders[c].head) for c in part]
             outs = torch.stack([weights.layers[a].W_O[b] for a, b in numbers])
             pairs = (outs.flatten(0, 1) @ rows).unflatten(0, outs.shape[:2]).unflatten(-1, (len(group.heads), -1))

@@ -17,6 +17,9 @@ import workbench_kernels as kernels
 from workbench.models.spec import ModelSpec
 from workbench.models.weights import Rotary, at_least_float32
 
+_GRID = 65535
+"""Batches that torch's fused attention takes at a time on CUDA."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
@@ -154,7 +157,7 @@ def _attend_fused(
     spec: ModelSpec, window: Window, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor
 ) -> Float[Tensor, "edges n q n_heads d_head"]:
     """The same on CUDA, with no scores in memory: torch's kernel where nothing comes before and no heads are shared."""
-    if window.prefix == 0 and spec.group_size == 1:
+    if window.prefix == 0 and spec.group_size == 1 and q.shape[0] * q.shape[1] <= _GRID:
         flat = [x.flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
         z = F.scaled_dot_product_attention(flat[0], flat[1], flat[2], is_causal=True, scale=spec.attn_scale)
         return z.transpose(1, 2).unflatten(0, q.shape[:2])

@@ -22,7 +22,7 @@ def _take(top, mass, mixed, q, k, v, seen, PRECISION: tl.constexpr):
     return higher, mass * fade + tl.sum(weights, 1), mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_prompts", "width", "prefix", "kv_heads"])
 def suffix_kernel(
     q, k, v, prefix_k, prefix_v, start, out,
     n_prompts, width, prefix, kv_heads,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_delta_kernel(
     base, delta, weight, bias, out,
     rows, d_model,
@@ -13,8 +13,8 @@ def norm_delta_kernel(
     LAYERNORM: tl.constexpr, BIAS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One row of one edge's stream: the sum is normalised without being written."""
-    row = tl.program_id(0).to(tl.int64)
-    edge = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(0) % rows).to(tl.int64)
+    edge = (tl.program_id(0) // rows).to(tl.int64)
     column = tl.arange(0, BD)
     ok = column < d_model
     x = tl.load(base + row * b_row + column, mask=ok, other=0.0).to(tl.float32)
@@ -22,13 +22,17 @@ def norm_delta_kernel(
     if LAYERNORM:
         x = tl.where(ok, x - tl.sum(x, 0) / d_model, 0.0)
     unit = x * tl.rsqrt(tl.sum(x * x, 0) / d_model + eps)
-    found = unit.to(out.dtype.element_ty) * tl.load(weight + column, mask=ok, other=0.0)
-    if BIAS:
-        found += tl.load(bias + column, mask=ok, other=0.0)
+    gain = tl.load(weight + column, mask=ok, other=0.0)
+    if LAYERNORM:
+        found = unit * gain.to(tl.float32)
+        if BIAS:
+            found += tl.load(bias + column, mask=ok, other=0.0).to(tl.float32)
+    else:
+        found = unit.to(gain.dtype) * gain
     tl.store(out + (edge * rows + row) * d_model + column, found, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "senders"])
 def inverse_sigma_kernel(
     unit, sigma, deltas, out,
     width, senders, d_model,

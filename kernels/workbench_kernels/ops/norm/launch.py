@@ -26,7 +26,7 @@ def norm_delta(kind: str, base: Tensor, delta: Tensor, weight: Tensor, bias: Ten
     block = row_block(d_model)
     flat, moved = base.reshape(-1, d_model), delta.reshape(edges, -1, d_model)
     out = torch.empty(delta.shape, dtype=base.dtype, device=base.device)
-    norm_delta_kernel[(n * width, edges)](
+    norm_delta_kernel[(n * width * edges,)](
         flat, moved, weight, weight if bias is None else bias, out,
         n * width, d_model,
         flat.stride(0), moved.stride(0), moved.stride(1), eps,

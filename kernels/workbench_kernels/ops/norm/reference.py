@@ -20,9 +20,11 @@ def norm_delta(
     x = base.to(wide) + delta.to(wide)
     if kind == "layernorm":
         x = x - x.mean(-1, keepdim=True)
-    unit = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(base.dtype)
-    found = unit * weight
-    return found if bias is None else found + bias
+    unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    if kind == "rmsnorm":
+        return unit.to(base.dtype) * weight
+    found = unit * weight.to(wide)
+    return (found if bias is None else found + bias.to(wide)).to(base.dtype)
 
 
 def inverse_sigma(

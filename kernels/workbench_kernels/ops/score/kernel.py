@@ -101,7 +101,7 @@ def _patched(
     return xa, xb
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "length"])
 def base_kernel(
     q, k, v, g, start, worth_out, log_out,
     width, length,
@@ -138,7 +138,7 @@ def base_kernel(
     tl.store(log_out + place, (top + tl.log2(mass)) / LOG2E, mask=t_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "length", "senders", "n_heads"])
 def score_kernel(
     q, k, v, g, start, heads, delta, matrix, base, inverse, constant, norm, cos, sin, base_worth, out,
     width, length, senders, n_heads,
@@ -223,7 +223,7 @@ def score_kernel(
     tl.store(out + place * tiles + place_of, tl.sum(change, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "n_heads"])
 def value_kernel(
     q, k, g, start, log_in, out,
     width, n_heads,
