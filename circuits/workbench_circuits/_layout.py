@@ -103,7 +103,7 @@ def place(
         neighbours[b].append(a)
     for sweep in range(_SWEEPS):
         for row in list(rows.values())[:: 1 if sweep % 2 == 0 else -1]:
-            wanted = [np.mean([x[other] for other in neighbours[node.name]] or [x[node.name]]) for node in row]
+            wanted = [float(np.mean([x[other] for other in neighbours[node.name]] or [x[node.name]])) for node in row]
             sizes = [wide.get(node.name, 1.0) for node in row]
             for node, at in zip(row, _apart(wanted, sizes), strict=True):
                 x[node.name] = at

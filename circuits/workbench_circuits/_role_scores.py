@@ -42,11 +42,10 @@ def at_end(model: Model, tokens: Int[Tensor, "n pos"], pairs: PromptPairs) -> At
     weights = model.fast_weights
     spec, n, width = weights.spec, len(tokens), tokens.shape[1]
     wide = at_least_float32(weights.dtype)
-    made = {"dtype": weights.dtype, "device": weights.device}
-    attention = torch.zeros(spec.n_layers, n, spec.n_heads, width, dtype=wide, device=weights.device)
-    z = torch.zeros(spec.n_layers, n, spec.n_heads, spec.d_head, **made)
-    resid = torch.zeros(spec.n_layers, n, spec.d_model, **made)
-    first_in, first_out = (torch.zeros(n, width, spec.d_model, **made) for _ in range(2))
+    attention = weights.embed.new_zeros(spec.n_layers, n, spec.n_heads, width, dtype=wide)
+    z = weights.embed.new_zeros(spec.n_layers, n, spec.n_heads, spec.d_head)
+    resid = weights.embed.new_zeros(spec.n_layers, n, spec.d_model)
+    first_in, first_out = (weights.embed.new_zeros(n, width, spec.d_model) for _ in range(2))
     for rows in batches(pairs.lengths):
         ends = pairs.answer_positions[rows]
         inside = torch.arange(len(rows), device=weights.device)
