@@ -129,7 +129,7 @@ def test_the_section_shows_and_says_what_its_tables_hold(section, model):
     best = effects.top("total_effect", 1).iloc[0]
     assert f"strongest in total are a{best['layer']}.h{best['head']} " in section.sentence
     assert "which the model cannot do" in section.sentence
-    assert any("not solved" in warning for warning in section.warnings)
+    assert any("does not solve ioi" in warning for warning in section.warnings)
     remainder = float(re.search(r"add up to the logit difference within (\S+) logits", section.method)[1])
     assert 0 < remainder < 1e-4
     assert "6 IOI prompts (seed 2)" in section.method
