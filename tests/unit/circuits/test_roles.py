@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import workbench_circuits as wc
+from other_device import ELSEWHERE, ElsewhereMode, move
 from tiny_text import tiny_text_model
 from workbench.errors import PromptError
 from workbench.models import Model, ModelSpec, ModelWeights
@@ -296,3 +297,15 @@ def test_movers_and_spans_can_be_named(model, ioi):
 def test_wrong_arguments(model, ioi, options, words):
     with pytest.raises(PromptError, match=words):
         head_roles(model, ioi, **{**FEW, **options})
+
+
+def test_roles_mix_no_devices(hand, induction):
+    """With weights that claim to be on another device, as on a GPU, the numbers are the same."""
+    there = Model(name="hand", module=None, weights=move(hand.fast_weights), provenance={})
+    there.__dict__["model_hash"] = hand.model_hash
+    few = induction.subset(slice(0, 5))
+    expected = head_roles(hand, few, movers=["a1.h0"], n_random=2, period=6)
+    with ElsewhereMode():
+        assert there.device == ELSEWHERE
+        found = head_roles(there, few, movers=["a1.h0"], n_random=2, period=6)
+    pd.testing.assert_frame_equal(found.frame, expected.frame)
