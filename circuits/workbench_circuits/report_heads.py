@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from workbench.prompts import PromptPairs
 
 TASK, CORRUPTION = "ioi", "s2_flip"
-_N, _N_QUICK = 16, 6
-_COMPETENCE_PROMPTS = 100
+_N, _N_QUICK = 12, 6
+_COMPETENCE_PROMPTS = 48
 _STRONGEST = 3
 _LISTED = 10
 
