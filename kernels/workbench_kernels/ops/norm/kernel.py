@@ -44,22 +44,25 @@ def inverse_sigma_kernel(
     t = (tl.program_id(0) % width).to(tl.int64)
     sender = tl.program_id(1) * BS + tl.arange(0, BS)
     sender_ok = sender < senders
-    square = tl.zeros([BS], tl.float32)
-    cross = tl.zeros([BS], tl.float32)
-    total = tl.zeros([BS], tl.float32)
+    # summed over the stream at the end: Triton 3.6 does not compile sums within the loop
+    squares = tl.zeros([BS, BD], tl.float32)
+    crosses = tl.zeros([BS, BD], tl.float32)
+    totals = tl.zeros([BS, BD], tl.float32)
     rows = deltas + n * d_n + t * d_t + sender.to(tl.int64) * d_s
     for first in range(0, d_model, BD):
         column = first + tl.arange(0, BD)
         ok = column < d_model
         d = tl.load(rows[:, None] + column[None, :], mask=sender_ok[:, None] & ok[None, :], other=0.0).to(tl.float32)
         x = tl.load(unit + n * u_n + t * u_t + column, mask=ok, other=0.0).to(tl.float32)
-        square += tl.sum(d * d, 1)
-        cross += tl.sum(d * x[None, :], 1)
+        squares += d * d
+        crosses += d * x[None, :]
         if LAYERNORM:
-            total += tl.sum(d, 1)
+            totals += d
+    square = tl.sum(squares, 1)
     own = tl.load(sigma + n * s_n + t * s_t)
     if LAYERNORM:
+        total = tl.sum(totals, 1)
         square -= total * total / d_model
-    power = tl.maximum((own * own - eps) * d_model + 2.0 * own * cross + square, 0.0) / d_model
+    power = tl.maximum((own * own - eps) * d_model + 2.0 * own * tl.sum(crosses, 1) + square, 0.0) / d_model
     place = (n * width + t) * senders + sender
     tl.store(out + place, tl.rsqrt(power + eps), mask=sender_ok)

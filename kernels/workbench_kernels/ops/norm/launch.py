@@ -17,7 +17,7 @@ def row_block(d_model: int) -> Blocks:
 def sender_block(d_model: int, senders: int) -> Blocks:
     """Some senders, and a stretch of the stream at a time."""
     rows = min(16, triton.next_power_of_2(senders))
-    return Blocks(rows=rows, keys=min(256, triton.next_power_of_2(d_model)), warps=4, stages=3)
+    return Blocks(rows=rows, keys=min(128, triton.next_power_of_2(d_model)), warps=4, stages=3)
 
 
 def norm_delta(kind: str, base: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
