@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -233,7 +234,8 @@ def _write(record: Mapping[str, Any], path: Path) -> Path:
         fresh.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(fresh, path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}. Choose another file, or make room"
         ) from error

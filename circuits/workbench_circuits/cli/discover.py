@@ -37,7 +37,9 @@ def register(app: typer.Typer) -> None:
         algorithm: Annotated[str, typer.Option(help="refine, greedy, threshold or acdc.")] = "refine",
         method: Annotated[
             str | None,
-            typer.Option(help="Effects to rank by: verified, exact, receiver_exact, eap, eap_ig; refine needs none."),
+            typer.Option(
+                help="Effects to rank by: verified, exact, receiver_exact, eap, eap_ig; default: eap_ig or verified."
+            ),
         ] = None,
         target: Annotated[float, typer.Option(help="Faithfulness to reach.")] = 0.8,
         n_edges: Annotated[int | None, typer.Option(min=1, help="A number of edges instead of a target.")] = None,
@@ -49,9 +51,10 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="How prompts are corrupted; default: the first way.")
         ] = None,
         signed: Annotated[
-            bool, typer.Option("--signed", help="Rank by how much edges help, not by the size of their effect.")
-        ] = False,
-        direction: Annotated[str, typer.Option(help="Of the effects: noising or denoising.")] = "noising",
+            bool | None,
+            typer.Option("--signed/--absolute", help="Rank by how much edges help, or by the size of their effect."),
+        ] = None,
+        direction: Annotated[str | None, typer.Option(help="Of the effects: noising, denoising or both.")] = None,
         ablation: Annotated[str, typer.Option(help="What edges outside carry: resample, mean or zero.")] = "resample",
         metric: Annotated[str, typer.Option(help="logit_diff, answer_logprob or kl_to_clean.")] = "logit_diff",
         top: Annotated[int, typer.Option(min=1, help="Edges that acdc starts from.")] = 3000,
@@ -85,7 +88,7 @@ def register(app: typer.Typer) -> None:
             shutil.rmtree(unfinished)
         say = progress()
         loaded = open_model(model, device=device, dtype=dtype, say=say, ungroup=ungroup)
-        options: dict[str, Any] = {"direction": direction, "metric": metric, "seed": seed}
+        options: dict[str, Any] = {"metric": metric, "seed": seed}
         options["budget_bytes"] = int(budget_gib * GIB)
         try:
             found = find(
@@ -99,6 +102,7 @@ def register(app: typer.Typer) -> None:
                 n_held_out=n_held_out,
                 corruption=corruption,
                 signed=signed,
+                direction=direction,
                 ablation=ablation,  # type: ignore[arg-type]
                 top=top,
                 tau=tau,
@@ -110,7 +114,16 @@ def register(app: typer.Typer) -> None:
             print(circuit_text(found.circuit))
             curves = None
             if rankings or random:
-                curves = _compared(loaded, found, rankings, random, signed, unfinished, say, options)
+                curves = _compared(
+                    loaded,
+                    found,
+                    rankings,
+                    random,
+                    bool(signed),
+                    unfinished,
+                    say,
+                    options | {"direction": direction or "noising"},
+                )
                 print()
                 print(curves_text(curves))
                 _tables(curves, out)
@@ -242,7 +255,7 @@ def circuit_text(circuit: Circuit) -> str:
     if circuit.warning:
         lines.append(f"warning: {circuit.warning}")
     aim = f"for f >= {circuit.target:g}" if circuit.target is not None else "as asked"
-    how = circuit.algorithm + (f" by {circuit.method}" if circuit.algorithm != "refine" else "")
+    how = f"{circuit.algorithm}, {circuit.method}"
     lines += [
         "",
         f"circuit for {circuit.task or 'these prompts'} ({how}, {aim}, {circuit.ablation} ablation):",

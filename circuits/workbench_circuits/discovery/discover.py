@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from workbench.errors import DataError, OutputError, PromptError
+from workbench.patching.graph import Graph
 from workbench_circuits._reference import Ablation
 from workbench_circuits.circuit import Able, Circuit, Steadiness
 from workbench_circuits.discovery.acdc import acdc
@@ -68,7 +69,7 @@ class Discovery:
     Attributes:
         circuit: the circuit.
         prompts: what it was found and judged on.
-        effects: the effects that edges were ranked by, if they were.
+        effects: the effects that edges were ranked by.
         refined: the rounds of `refine`, if it was used.
         runner: runs circuits on the prompts that edges were scored on.
         judge: runs circuits on the held-out prompts.
@@ -76,7 +77,7 @@ class Discovery:
 
     circuit: Circuit
     prompts: Prompts
-    effects: EdgeEffects | None
+    effects: EdgeEffects
     refined: Refined | None
     runner: CircuitRunner
     judge: CircuitRunner
@@ -182,8 +183,8 @@ def find(
     corruption: str | None = None,
     held_out: PromptPairs | None = None,
     effects: EdgeEffects | None = None,
-    signed: bool = False,
-    direction: str = "noising",
+    signed: bool | None = None,
+    direction: str | None = None,
     ablation: Ablation = "resample",
     metric: str = "logit_diff",
     steps: int = 5,
@@ -205,11 +206,12 @@ def find(
     Args:
         model: a model on the fast path.
         task: a task, its name, the path of a CSV file, or prompts, which are then split in halves.
-        algorithm: `refine` (the default): the whole graph is shrunk step by step, by what edges contribute within what
-            is left; `greedy`: by effects, from the logits down, always the strongest edge whose receiver is connected;
-            `threshold`: the edges of strongest effect; `acdc`: the `top` edges by `greedy`, pruned one by one.
-        method: of the effects: `verified` (the default), `exact`, `receiver_exact`, `eap` or `eap_ig`. `refine` has
-            its own scores; with a method its edges carry these effects beside.
+        algorithm: `refine` (the default): a tenth of the edges, by effects, is shrunk step by step by what edges
+            contribute within what is left; `greedy`: by effects, from the logits down, always the strongest edge whose
+            receiver is connected; `threshold`: the edges of strongest effect; `acdc`: the `top` edges by `greedy`,
+            pruned one by one.
+        method: of the effects: `verified`, `exact`, `receiver_exact`, `eap` or `eap_ig`; default: `eap_ig` with
+            `refine`, else `verified`.
         target: faithfulness to reach.
         n_edges: a number of edges instead of a target.
         n: prompts of a task to score edges on; half as many more choose the size.
@@ -217,8 +219,9 @@ def find(
         corruption: how a task's prompts are corrupted; default: its first way.
         held_out: prompts to judge it on, if `task` is prompts.
         effects: effects of all edges, if they are known already (then `method`, `direction` and `steps` do not count).
-        signed: rank edges by how much they help instead of by the size of their effect.
-        direction: of the effects, `noising` or `denoising`.
+        signed: rank edges by how much they help instead of by the size of their effect; default: with `refine`.
+        direction: of the effects: `noising`, `denoising` or `both`, see `two_sided`; default: `both` with `refine`,
+            else `noising`.
         ablation: what edges outside the circuit carry: `resample`, `mean` or `zero`.
         metric: of effects and faithfulness.
         steps: gradients of `eap_ig`.
@@ -254,12 +257,14 @@ def find(
     settings: dict[str, Any] = {"ablation": ablation, "metric": metric, "budget_bytes": budget_bytes}
     runner = CircuitRunner(model, prompts.train, **settings)
     sizing = runner if prompts.sizing is prompts.train else CircuitRunner(model, prompts.sizing, **settings)
-    if effects is None and (algorithm != "refine" or method is not None):
+    refining = algorithm == "refine"
+    signed = refining if signed is None else signed
+    if effects is None:
         effects = measured_effects(
             model,
             prompts.train,
-            method=method or "verified",
-            direction=direction,
+            method=method or ("eap_ig" if refining else "verified"),
+            direction=direction or ("both" if refining else "noising"),
             metric=metric,
             steps=steps,
             seed=seed,
@@ -267,27 +272,27 @@ def find(
             resume=resume,
             progress=progress,
         )
-    ranking = None if effects is None else Ranking.of(runner.wiring.graph, effects, signed=signed)
+    ranking = Ranking.of(runner.wiring.graph, effects, signed=signed)
     search = _Search(runner=runner, sizing=sizing, target=target, n_edges=n_edges, folder=_folder(resume), say=progress)
     refined = None
     if algorithm == "refine":
-        found, refined = search.by_refining()
+        found, refined = search.by_refining(ranking)
     elif algorithm == "acdc":
-        assert ranking is not None
         found = search.by_acdc(ranking, top, tau)
     else:
-        assert ranking is not None
         found = search.by_ranking(ranking, algorithm)
     steadiness, inclusion = None, None
-    if refined is not None and n_resamples and len(prompts.train) > 1:
-        steadiness, inclusion = _last_round(runner, refined, found, n_resamples=n_resamples, seed=seed)
-    elif n_resamples and ranking is not None and effects is not None and algorithm in ALGORITHMS:
+    if refined is not None and n_resamples:
+        steadiness, inclusion = _last_round(
+            runner, refined, found, ranking, effects, n_resamples=n_resamples, seed=seed
+        )
+    elif n_resamples and algorithm in ALGORITHMS:
         steadiness, inclusion = _steadiness(
             ranking, effects, found, algorithm, from_input=ablation == "resample", n_resamples=n_resamples, seed=seed
         )
-    if ranking is not None:
+    if refined is None:
         by_name = dict(zip(ranking.edges.names, ranking.effect.tolist(), strict=True))
-        shown, towards = ranking.method, str(effects.frame["direction"].iloc[0])  # type: ignore[union-attr]
+        shown, towards = ranking.method, str(effects.frame["direction"].iloc[0])
     else:  # what goes if the edge goes, at first order and within the circuit
         inner = -contributions(runner, found.mask)
         edges = runner.wiring.edges(found.mask)
@@ -322,7 +327,7 @@ def find(
             held_out_seed=prompts.held_out.seed,
             split=prompts.split,
             search=found.record,
-            effects=None if effects is None else dict(effects.provenance),
+            effects=dict(effects.provenance),
             seconds=round(time.perf_counter() - began, 3),
         ),
     )
@@ -364,11 +369,11 @@ class _Search:
         mask = select(ranking, self.n_edges, algorithm=algorithm, from_input=resample, order=order)
         return _Found(mask=mask, taken=self.n_edges, record={"n_edges": self.n_edges})
 
-    def by_refining(self) -> tuple[_Found, Refined]:
-        """Shrink the whole graph until it is small enough, or no longer faithful enough."""
+    def by_refining(self, ranking: Ranking) -> tuple[_Found, Refined]:
+        """Shrink the circuit of a ranking until it is small enough, or no longer faithful enough."""
         state = None if self.folder is None else self.folder / "refine.safetensors"
         if self.n_edges is not None:
-            refined = refine(self.runner, self.n_edges, resume=state, progress=self.say)
+            refined = refine(self.runner, ranking, self.n_edges, judge=self.sizing, resume=state, progress=self.say)
             record = {"n_edges": self.n_edges, "rounds": refined.frame.to_dict("records")}
             return _Found(mask=refined.masks[-1], taken=self.n_edges, record=record), refined
         goal = float(self.target or 0)
@@ -377,12 +382,16 @@ class _Search:
 
         def failed(mask: Mask) -> bool:
             f = float(self.sizing.f(self.sizing.run([mask]))[0])
-            reached[0] |= f >= goal and mask.sum() < self.runner.n_edges / 8
+            reached[0] |= f >= goal
             return reached[0] and f < goal / 2
 
+        def at(n: int) -> Mask:
+            return refined.at(self.runner, n)
+
         floor = max(4, int(SMALLEST * self.runner.n_edges))
-        refined = refine(self.runner, floor, stop=failed, resume=state, progress=self.say)
-        found = self._size(lambda n: refined.at(self.runner, n), "refine", [int(m.sum()) for m in refined.masks])
+        refined = refine(self.runner, ranking, floor, judge=self.sizing, stop=failed, resume=state, progress=self.say)
+        sizes = [int(m.sum()) for m in refined.masks]
+        found = self._size(at, "refine", [*sizes, self.runner.n_edges // 4, self.runner.n_edges])
         return replace(found, record={**found.record, "rounds": refined.frame.to_dict("records")}), refined
 
     def by_acdc(self, ranking: Ranking, top: int, tau: float | None) -> _Found:
@@ -420,26 +429,28 @@ class _Search:
 
 
 def _last_round(
-    runner: CircuitRunner, refined: Refined, found: _Found, *, n_resamples: int, seed: int
+    runner: CircuitRunner,
+    refined: Refined,
+    found: _Found,
+    ranking: Ranking,
+    effects: EdgeEffects,
+    *,
+    n_resamples: int,
+    seed: int,
 ) -> tuple[Steadiness | None, tuple[float, ...] | None]:
     """Stability of the last selection of `refine`, given the circuit that it was made in."""
-    if not refined.scores:
+    last, from_input = refined.round_of(found.taken), runner.ablation == "resample"
+    if len(runner.pairs) < 2:
         return None, None
-    last = refined.round_of(found.taken)
+    if refined.frame["rule"].iloc[last] == "ranking":
+        return _steadiness(
+            ranking, effects, found, "threshold", from_input=from_input, n_resamples=n_resamples, seed=seed
+        )
     edges = runner.wiring.graph.all_edges()
-    values = contributions_by_prompt(runner, refined.path[last])[:, edges.receiver, edges.sender].T
+    values = contributions_by_prompt(runner, refined.masks[last - 1])[:, edges.receiver, edges.sender].T
     up = float(runner.clean.mean() - runner.none.mean()) > 0
-    helpful = refined.frame["rule"].iloc[last + 1] == "helpful"
-    ranking = Ranking(edges=edges, effect=values.mean(1), signed=helpful, helps=1 if up else -1)
-    return _spread(
-        ranking,
-        values,
-        found,
-        "threshold",
-        from_input=runner.ablation == "resample",
-        n_resamples=n_resamples,
-        seed=seed,
-    )
+    within = Ranking(edges=edges, effect=values.mean(1), signed=True, helps=1 if up else -1)
+    return _spread(within, values, found, "threshold", from_input=from_input, n_resamples=n_resamples, seed=seed)
 
 
 def _steadiness(
@@ -515,16 +526,32 @@ def measured_effects(
     model: Model,
     pairs: PromptPairs,
     *,
+    direction: str = "noising",
     resume: str | Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> EdgeEffects:
     """Effects of all edges with those of every prompt, kept in the folder `resume` if one is given.
 
     A later call with the same model, prompts and options reads them from there; one that was broken off goes on.
+
+    Args:
+        model: a model on the fast path.
+        pairs: prompts.
+        direction: `noising`, `denoising` or `both`; see `two_sided`.
+        resume: folder.
+        progress: called with a line about once a second.
+        options: further arguments of `workbench.edge_effects`.
     """
     from workbench.patching import EdgeEffects, edge_effects
 
+    if direction == "both":
+        parts = [
+            measured_effects(model, pairs, direction=one, resume=resume, progress=progress, **options)
+            for one in ("noising", "denoising")
+        ]
+        return two_sided(Graph(model.spec), parts[0], parts[1])
+    options |= {"direction": direction}
     if resume is None:
         return edge_effects(model, pairs, per_prompt=True, progress=progress, **options)
     fixed = {name: value for name, value in options.items() if name != "budget_bytes"}
@@ -539,3 +566,39 @@ def measured_effects(
     found = edge_effects(model, pairs, per_prompt=True, resume=folder / "unfinished", progress=progress, **options)
     found.save(done)
     return found
+
+
+def two_sided(graph: Graph, noising: EdgeEffects, denoising: EdgeEffects) -> EdgeEffects:
+    """Mean of what an edge takes away from the clean run and what it gives to the corrupted run.
+
+    An edge that others can stand in for does nothing to the clean run, one that needs others nothing to the corrupted
+    run; the mean sees both, and is positive where an edge helps (negative for KL).
+
+    Args:
+        graph: of the model.
+        noising: effects with the clean run as base, of each prompt.
+        denoising: effects of the same edges with the corrupted run as base.
+
+    Raises:
+        PromptError: if the effects of each prompt are missing, or they are of different edges or prompts.
+    """
+    from workbench.patching.effects import EdgeEffects, effects_frame
+
+    edges = Ranking.of(graph, noising).edges
+    a, b = noising.per_prompt, denoising.per_prompt
+    if a is None or b is None or a.shape != b.shape or edges.names != Ranking.of(graph, denoising).edges.names:
+        raise PromptError("two_sided needs effects of each prompt (per_prompt=True), of the same edges and prompts")
+    first = noising.frame.iloc[0]
+    values = (b - a) / 2
+    floor = max(noising.noise_floor, denoising.noise_floor)
+    methods = np.array(
+        [x if x == y else f"{x}/{y}" for x, y in zip(noising.frame["method"], denoising.frame["method"], strict=True)],
+        dtype=object,
+    )
+    constant = {name: first[name] for name in ("ablation", "metric", "base", "path_taken")}
+    return EdgeEffects(
+        frame=effects_frame(edges, values, methods, floor, {**constant, "direction": "both"}),
+        noise_floor=floor,
+        provenance={**noising.provenance, "denoising": dict(denoising.provenance)},
+        per_prompt=values,
+    )

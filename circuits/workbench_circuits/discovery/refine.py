@@ -17,11 +17,15 @@ from safetensors.numpy import load_file, save_file
 
 from workbench.errors import DataError, OutputError, PromptError
 from workbench_circuits._gradients import edge_gradients
+from workbench_circuits.discovery.select import Ranking
 from workbench_circuits.run import CircuitRunner, Progress
 from workbench_circuits.wiring import Mask
 
 RATIO = 0.5
 """What share of the edges is kept from round to round."""
+
+START = 0.1
+"""Share of the edges that the search begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +33,24 @@ class Refined:
     """Circuits of falling size.
 
     Attributes:
-        masks: the circuits, from the whole graph on.
-        path: the circuits that were scored: of each size, the edges that add most.
-        scores: what the next circuit was taken by, from the contributions within each of the path
-            `[receivers, senders]`.
-        frame: one row a circuit: `n_edges`, `faithfulness` on the prompts of the search, and `rule`, how it was taken:
-            the edges that add most (`helpful`), or those that matter most whichever way (`strong`).
+        masks: the circuits, from the largest on.
+        scores: what the edges of each circuit were taken by `[receivers, senders]`.
+        frame: one row a circuit: `n_edges`; `within` and `ranking`, the faithfulness of the two candidates on the
+            prompts of the judge; `rule`, which of them was taken.
     """
 
     masks: tuple[Mask, ...]
-    path: tuple[Mask, ...]
     scores: tuple[Float[np.ndarray, "receivers senders"], ...]
     frame: pd.DataFrame
 
     def at(self, runner: CircuitRunner, n_edges: int) -> Mask:
         """The circuit of any size: the first `n_edges` by what the next smaller round was taken by, then pruned."""
-        if n_edges >= int(self.masks[0].sum()) or not self.scores:
-            return self.masks[0]
-        return _take(runner, self.scores[self.round_of(n_edges)], n_edges)
+        return take(runner, self.scores[self.round_of(n_edges)], n_edges)
 
     def round_of(self, n_edges: int) -> int:
         """The round by whose scores a circuit of some size is taken."""
-        smaller = [int(mask.sum()) for mask in self.masks[1:]]
-        return next((i for i, size in enumerate(smaller) if n_edges >= size), len(smaller) - 1)
+        sizes = [int(mask.sum()) for mask in self.masks]
+        return next((i for i, size in enumerate(sizes) if n_edges >= size), len(sizes) - 1)
 
 
 def contributions(runner: CircuitRunner, circuit: Mask, *, steps: int = 2) -> Float[np.ndarray, "receivers senders"]:
@@ -93,31 +92,36 @@ def _by_prompt(runner: CircuitRunner, circuit: Mask, steps: int) -> Iterator[tup
 
 def refine(
     runner: CircuitRunner,
+    ranking: Ranking,
     n_edges: int = 1,
     *,
-    stop: Callable[[Mask], bool] | None = None,
+    judge: CircuitRunner | None = None,
     ratio: float = RATIO,
     steps: int = 2,
+    stop: Callable[[Mask], bool] | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Refined:
-    """Shrink the whole graph round by round, keeping the edges that contribute most within the circuit so far.
+    """Shrink the circuit of a ranking round by round, by what edges contribute within what is left.
 
     Scores that are measured once, in the whole model, miss what only shows when other edges are gone: paths that stand
-    in for each other, and edges that need each other. Here they are measured again in every circuit on the way. An edge
-    that was dropped comes back if it would contribute more than another (as in progressive pruning, de Jorge et al.
-    2021); scores are edge attributions with integrated gradients (Hanna et al. 2024), of the circuit instead of the
-    model. The search goes on with the edges that add most. Beside them, in every round, a circuit of those that matter
-    most whichever way is run, and of the two the one whose faithfulness is closer to 1 is the circuit of this size:
-    among large circuits, where what works against the metric belongs to it, that is mostly the second. It goes by
-    gradients: in a model whose attention is hard, as in compiled programs, they vanish and it fails; use `acdc` there.
+    in for each other, and edges that need each other. So the scores of a tenth of all edges are measured again in the
+    circuit that these make, half of them are kept, and so on (edge attributions with integrated gradients as in Hanna
+    et al. 2024, of the circuit instead of the model; pruned step by step as in de Jorge et al. 2021, so an edge that
+    was dropped can come back). In every round two circuits of the wanted size are run: the edges that add most within the
+    last circuit, and the first of the ranking. The one whose faithfulness is closer to 1 on other prompts goes on.
+
+    It goes by gradients: where attention is hard, as in compiled programs, they vanish, and it does no better than
+    its ranking; use `acdc` there.
 
     Args:
-        runner: model, prompts, ablation and metric.
+        runner: model, prompts to score edges on, ablation and metric.
+        ranking: a first ranking of all edges.
         n_edges: edges to stop at.
-        stop: called with every circuit; true ends the search after it.
+        judge: runs circuits on the prompts that decide between the two; default: `runner`.
         ratio: edges of one round to those of the last.
         steps: gradients a round, see `contributions`.
+        stop: called with every circuit; true ends the search after it.
         resume: a file in which finished rounds are kept; a later call with the same arguments goes on from there.
         progress: called with a line after every round.
 
@@ -130,40 +134,43 @@ def refine(
         raise PromptError(
             f"n_edges={n_edges} (expected 1 to {total:,}), ratio={ratio} (between 0 and 1), steps={steps} (at least 1)"
         )
-    key = [runner.model.model_hash, str(runner.model.dtype), runner.pairs.data_hash, runner.ablation, runner.metric]
-    kept = _Kept(
-        None if resume is None else Path(resume), hashlib.sha256(repr([*key, ratio, steps]).encode()).hexdigest()
-    )
-    whole = runner.wiring.everything
-    masks: list[Mask] = [whole]
-    path = [whole]
-    scores: list[np.ndarray] = []
-    rows: list[dict[str, Any]] = [{"n_edges": total, "faithfulness": 1.0, "rule": "all"}]
+    judge = runner if judge is None else judge
+    first = ranking.matrix()
+    key = [runner.model.model_hash, str(runner.model.dtype), runner.pairs.data_hash, judge.pairs.data_hash]
+    key += [runner.ablation, runner.metric, hashlib.sha256(first.tobytes()).hexdigest()]
+    digest = hashlib.sha256(repr([*key, n_edges, ratio, steps]).encode()).hexdigest()
+    kept = _Kept(None if resume is None else Path(resume), digest)
     sign = 1.0 if float(runner.clean.mean() - runner.none.mean()) > 0 else -1.0
-    while rows[-1]["n_edges"] > n_edges:
-        wanted = max(n_edges, int(total * ratio ** len(masks)))
-        found = kept.round(len(masks) - 1, whole.shape)
-        added = sign * contributions(runner, path[-1], steps=steps) if found is None else found
-        kept.add(added, len(masks) - 1)
-        choices = {"helpful": added, "strong": np.abs(added)}
-        taken = [_take(runner, score, wanted) for score in choices.values()]
-        f = runner.f(runner.run(taken))
-        best = int(np.argmin(np.abs(1 - f)))
-        if not taken[0].any():
-            break
-        path.append(taken[0])
-        masks.append(taken[best])
-        scores.append(list(choices.values())[best])
-        rows.append({"n_edges": int(taken[best].sum()), "faithfulness": float(f[best]), "rule": list(choices)[best]})
+    size = max(n_edges, int(START * total))
+    current = take(runner, first, size)
+    masks, scores = [current], [first]
+    f = float(judge.f(judge.run([current]))[0])
+    rows: list[dict[str, Any]] = [{"n_edges": int(current.sum()), "within": np.nan, "ranking": f, "rule": "ranking"}]
+    while size > n_edges and current.any():
+        size = max(n_edges, int(size * ratio))
+        known = kept.round(len(masks), first.shape)
+        within = sign * contributions(runner, current, steps=steps) if known is None else known
+        kept.add(within, len(masks))
+        choices = {"within": within, "ranking": first}
+        taken = [take(runner, score, size) for score in choices.values()]
+        found = dict(zip(choices, judge.f(judge.run(taken)).tolist(), strict=True))
+        rule = min(found, key=lambda name: abs(1 - found[name]))
+        current = taken[list(choices).index(rule)]
+        masks.append(current)
+        scores.append(choices[rule])
+        rows.append({"n_edges": int(current.sum()), **found, "rule": rule})
         if progress is not None:
-            progress(f"refine: {rows[-1]['n_edges']:,} edges, faithfulness {f[0]:.2f} ({f[1]:.2f} by size)")
-        if wanted == n_edges or (stop is not None and stop(taken[best])):
+            progress(
+                f"refine: {int(current.sum()):,} edges, faithfulness {found['within']:.2f} by contributions within, "
+                f"{found['ranking']:.2f} by the ranking"
+            )
+        if stop is not None and stop(current):
             break
     kept.discard()
-    return Refined(masks=tuple(masks), path=tuple(path), scores=tuple(scores), frame=pd.DataFrame(rows))
+    return Refined(masks=tuple(masks), scores=tuple(scores), frame=pd.DataFrame(rows))
 
 
-def _take(runner: CircuitRunner, score: np.ndarray, n: int) -> Mask:
+def take(runner: CircuitRunner, score: Float[np.ndarray, "receivers senders"], n: int) -> Mask:
     """The `n` edges of highest score, without those on no path from `input` to `logits`."""
     ranked = np.where(runner.wiring.everything, score, -np.inf).ravel()
     chosen = np.zeros(ranked.size, dtype=bool)

@@ -70,9 +70,9 @@ class Ranking:
 
 
 def helping_sign(direction: str, metric: str) -> int:
-    """+1 where an edge that helps has a positive effect, -1 where it has a negative one."""
+    """+1 where an edge that helps has a positive effect (`denoising` or `both`), else -1; for KL the reverse."""
     lower_is_better = metric == "kl_to_clean"
-    return 1 if (direction == "denoising") != lower_is_better else -1
+    return 1 if (direction != "noising") != lower_is_better else -1
 
 
 def threshold_order(ranking: Ranking) -> Int[np.ndarray, " edges"]:
