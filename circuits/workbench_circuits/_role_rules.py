@@ -17,8 +17,8 @@ class Thresholds:
 
     - `mover`: `direct_effect` is at least `direct_share` of the clean logit difference with its 95 % interval above 0,
       and the head attends to some span or answer with at least `attention`.
-    - `suppressor`, in place of `mover`: if it attends more to a wrong answer than to a right one, and so raises the
-      difference by writing against what it sees (head 19.1 of GPT-2 medium in Merullo et al. 2024).
+    - `suppressor`, in place of `mover`: if it attends more to wrong answers than to right ones and its
+      `negative_copying` is above its `copying`: it raises the difference by writing against what it sees.
     - `negative mover`: as `mover`, with a direct effect below 0.
     - `S-inhibition`: `mover_attention_change` is at most -`inhibition` with its interval below 0: with this head's
       corrupted write in their queries the movers look less at the right answer and more at the wrong one.
@@ -67,9 +67,10 @@ def label_heads(frame: pd.DataFrame, rules: Thresholds, logit_diff: float) -> pd
     )
 
 
-def looks_away(row: Mapping[Any, Any]) -> bool:
-    """Whether a head attends more to a wrong answer than to a right one; False where the prompts hold none."""
-    return bool(row.get("attention_to_wrong_answer", 0.0) > row.get("attention_to_answer", 0.0))
+def _suppresses(row: Mapping[Any, Any]) -> bool:
+    """Whether a head attends more to wrong answers than to right ones, and writes against what it sees."""
+    looks = row.get("attention_to_wrong_answer", 0.0) > row.get("attention_to_answer", 0.0)
+    return bool(looks and row.get("negative_copying", 0.0) > row.get("copying", 0.0))
 
 
 def _holding(row: Mapping[Any, Any], rules: Thresholds, logit_diff: float) -> Iterator[tuple[str, str]]:
@@ -79,7 +80,7 @@ def _holding(row: Mapping[Any, Any], rules: Thresholds, logit_diff: float) -> It
     if most >= rules.attention and abs(effect) >= needed:
         reason = f"direct effect {effect:+.2g} (at least {needed:.2g} in size), {where} {most:.2f}"
         if row["direct_effect_low"] > 0:
-            yield ("suppressor" if looks_away(row) else "mover"), reason
+            yield ("suppressor" if _suppresses(row) else "mover"), reason
         elif row["direct_effect_high"] < 0:
             yield "negative mover", reason
     change = row.get("mover_attention_change", 0.0)

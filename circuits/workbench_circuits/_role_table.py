@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,8 +71,14 @@ class Scores:
         numbers = {name: getattr(estimate, name) for name in ("value", "stderr", "ci_low", "ci_high", "n")}
         self.rows.append({"metric": metric, "layer": layer, "head": head, **numbers, "unit": unit, "method": method})
 
-    def movers(self, rules: Thresholds, logit_diff: float) -> list[Head]:
-        """Heads of the whole model that the rules call movers, the strongest first."""
+    def movers(self, rules: Thresholds, logit_diff: float, against: Callable[[list[Head]], list[Head]]) -> list[Head]:
+        """Heads of the whole model that the rules call movers, the strongest first.
+
+        Args:
+            rules: the thresholds.
+            logit_diff: mean logit difference on the clean prompts.
+            against: which of some heads write against what they see.
+        """
         if not self.attention:
             return []
         value, low = self.all_direct.value, self.all_direct.ci_low
@@ -80,9 +86,10 @@ class Scores:
         enough &= np.maximum.reduce(list(self.attention.values())) >= rules.attention
         nothing = np.zeros_like(value)
         right, wrong = (self.attention.get(f"attention_to_{name}", nothing) for name in ("answer", "wrong_answer"))
-        enough &= wrong <= right
         order = sorted(zip(*np.nonzero(enough), strict=True), key=lambda head: -value[head])
-        return [(int(layer), int(head)) for layer, head in order[: rules.most_movers]]
+        found = [(int(layer), int(head)) for layer, head in order]
+        away = against([head for head in found if wrong[head] > right[head]])
+        return [head for head in found if head not in away][: rules.most_movers]
 
     def frame(self) -> pd.DataFrame:
         """One row a head; a metric's interval ends in `<metric>_low` and `<metric>_high` where rules need it."""

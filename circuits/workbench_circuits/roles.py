@@ -14,13 +14,14 @@ from torch import Tensor
 from workbench.errors import OutputError, PromptError
 from workbench.plots.labels import head_name
 from workbench_circuits._role_rules import Thresholds, label_heads
-from workbench_circuits._role_scores import Head, at_end, at_spans, copying, holding, mover_attention_changes
+from workbench_circuits._role_scores import AtEnd, Head, at_end, at_spans, copying, holding, mover_attention_changes
 from workbench_circuits._role_table import Scores
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.models import Model
+    from workbench.models.weights import ModelWeights
     from workbench.prompts import PromptPairs
     from workbench.tables import HeadTable
     from workbench_circuits._competence import Competence
@@ -172,9 +173,10 @@ def head_roles(
     for name, sample in samples.items():
         found.add_means(name, sample, unit="logits" if name == "direct_effect" else "probability")
     say("copying ...")
-    _add_copying(found, pairs, clean.first_in, clean.first_out, n_copying, seed)
+    words = _Words.of(pairs, clean, n_copying, seed)
+    words.add(found)
     if movers is None:
-        named = found.movers(rules, float(able.metric_clean.value))
+        named = found.movers(rules, float(able.metric_clean.value), lambda heads: words.against(weights, heads))
     else:
         named = _chosen("movers", movers, spec.n_layers, spec.n_heads)
     usable = right.any(1) | wrong.any(1)
@@ -211,24 +213,41 @@ def _chosen(what: str, heads: Sequence[str | Head] | None, n_layers: int, n_head
     return list(dict.fromkeys(found))
 
 
-def _add_copying(
-    found: Scores, pairs: PromptPairs, first_in: Tensor, first_out: Tensor, n_copying: int, seed: int
-) -> None:
-    """Copying of the words at the spans, or, of prompts without spans, of all their tokens but the last."""
-    named = at_spans(pairs, [span for span in pairs.spans if span != END])
-    if not named.any():
-        positions = torch.arange(pairs.clean.shape[1], device=named.device)
-        named = positions < pairs.answer_positions[:, None]
-    rows, places = named.nonzero(as_tuple=True)
-    if not len(rows):
-        return
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:n_copying])
-    keep = torch.as_tensor(drawn, device=rows.device)
-    rows, places = rows[keep], places[keep]
-    tokens = pairs.clean[rows, places]
-    weights = found.model.fast_weights
-    copies, negative = copying(weights, found.chosen, first_out[rows, places], tokens)
-    plain, _ = copying(weights, found.chosen, first_in[rows, places], tokens)
-    found.add_shares("copying", copies)
-    found.add_shares("negative_copying", negative)
-    found.add_shares("copying_without_first_block", plain)
+@dataclass(frozen=True, kw_only=True)
+class _Words:
+    """Words of the prompts, on which copying is counted: streams in front of and behind the first block, and tokens."""
+
+    first_in: Tensor
+    first_out: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, pairs: PromptPairs, run: AtEnd, n: int, seed: int) -> _Words:
+        """Words at the spans, or, of prompts without spans, all their tokens but the last; `n` of them, drawn."""
+        named = at_spans(pairs, [span for span in pairs.spans if span != END])
+        if not named.any():
+            positions = torch.arange(pairs.clean.shape[1], device=named.device)
+            named = positions < pairs.answer_positions[:, None]
+        rows, places = named.nonzero(as_tuple=True)
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:n])
+        keep = torch.as_tensor(drawn, device=rows.device)
+        at = rows[keep], places[keep]
+        return cls(first_in=run.first_in[at], first_out=run.first_out[at], tokens=pairs.clean[at])
+
+    def against(self, weights: ModelWeights, heads: list[Head]) -> list[Head]:
+        """The heads whose write's negative brings back more of the words than the write."""
+        if not heads or not len(self.tokens):
+            return []
+        copies, negative = copying(weights, heads, self.first_out, self.tokens)
+        return [head for head, more in zip(heads, (negative.sum(1) > copies.sum(1)).tolist(), strict=True) if more]
+
+    def add(self, found: Scores) -> None:
+        """Add the copying scores of the chosen heads."""
+        if not len(self.tokens):
+            return
+        weights = found.model.fast_weights
+        copies, negative = copying(weights, found.chosen, self.first_out, self.tokens)
+        plain, _ = copying(weights, found.chosen, self.first_in, self.tokens)
+        found.add_shares("copying", copies)
+        found.add_shares("negative_copying", negative)
+        found.add_shares("copying_without_first_block", plain)

@@ -112,6 +112,7 @@ def test_roles_in_the_indirect_object_task(default_model, ioi):
     found = wc.head_roles(default_model, ioi.subset(slice(0, 12)), heads, n_random=2, n_copying=24)
     frame = found.frame.set_index("node")
     assert "a23.h0" in found.movers
+    assert "a23.h3" not in found.movers
     assert "mover" in found.labels["a23.h0"].split(", ")
     assert "suppressor" in found.labels["a23.h3"].split(", ")
     assert "negative mover" in found.labels["a24.h4"].split(", ")
