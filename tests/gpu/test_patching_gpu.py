@@ -107,6 +107,7 @@ def test_memory_of_a_sweep_grows_no_faster_than_the_prompts(cuda: torch.device) 
     for length in (32, 64, 128):
         tensors = tiny_pairs(module, n=2, length=length)
         tensors.pop("first_difference")
+        tensors["corrupted"][:, 0] = (tensors["clean"][:, 0] + 1) % 101
         pairs = wb.PromptPairs.from_tokens(**tensors)
         wb.edge_effects(model, pairs, method="receiver_exact")
         torch.cuda.synchronize()
@@ -114,4 +115,4 @@ def test_memory_of_a_sweep_grows_no_faster_than_the_prompts(cuda: torch.device) 
         before = torch.cuda.memory_allocated()
         wb.edge_effects(model, pairs, method="receiver_exact")
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[2] - peaks[1] < 2.5 * (peaks[1] - peaks[0])
+    assert peaks[2] - peaks[1] < 3 * (peaks[1] - peaks[0]), "a square would grow by 4, a line by 2"

@@ -120,9 +120,21 @@ def attend_window(
     The scores against prefix keys are one product per prompt and key head, shared by all edges.
     """
     edges, n, n_q = q.shape[:3]
-    fused = window.causal and q.numel() > 0 and not (torch.is_grad_enabled() and q.requires_grad)
-    if fused and kernels.backend_for(q, d_head=q.shape[-1]) == "triton":
-        return _attend_fused(spec, window, q, k, v, prefix_k, prefix_v)
+    if window.causal and q.numel() > 0 and kernels.backend_for(q, d_head=q.shape[-1]) == "triton":
+        if window.prefix == 0 and spec.group_size == 1 and edges * n <= _GRID:
+            return _attend_causally(spec, q, k, v)
+        if not (torch.is_grad_enabled() and q.requires_grad):
+            tf32 = q.is_cuda and torch.backends.cuda.matmul.allow_tf32
+            return kernels.suffix_attention(
+                q,
+                k,
+                v,
+                prefix_k,
+                prefix_v,
+                window.start.long(),
+                scale=spec.attn_scale,
+                precision="tf32" if tf32 else "ieee",
+            )
     if window.prefix == 0 and edges * n * n_q > 0:
         mask = window.mask(False, q.dtype).expand(edges, n, -1, -1).flatten(0, 1)[:, None]
         folded_q, folded_k, folded_v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
@@ -153,22 +165,13 @@ def attend_window(
     return z.permute(0, 1, 3, 2, 4, 5).flatten(3, 4)
 
 
-def _attend_fused(
-    spec: ModelSpec, window: Window, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor
-) -> Float[Tensor, "edges n q n_heads d_head"]:
-    """The same on CUDA, with no scores in memory: torch's kernel where nothing comes before and no heads are shared."""
-    if window.prefix == 0 and spec.group_size == 1 and q.shape[0] * q.shape[1] <= _GRID:
-        flat = [x.flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
-        z = F.scaled_dot_product_attention(flat[0], flat[1], flat[2], is_causal=True, scale=spec.attn_scale)
-        return z.transpose(1, 2).unflatten(0, q.shape[:2])
-    tf32 = q.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return kernels.suffix_attention(
-        q,
-        k,
-        v,
-        prefix_k,
-        prefix_v,
-        window.start.long(),
-        scale=spec.attn_scale,
-        precision="tf32" if tf32 else "ieee",
-    )
+def _attend_causally(
+    spec: ModelSpec,
+    q: Float[Tensor, "edges n width n_heads d_head"],
+    k: Float[Tensor, "edges n width n_heads d_head"],
+    v: Float[Tensor, "edges n width n_heads d_head"],
+) -> Float[Tensor, "edges n width n_heads d_head"]:
+    """Attention where nothing comes before the windows and no heads are shared, by torch's kernel, without a mask."""
+    flat = [x.flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
+    z = F.scaled_dot_product_attention(flat[0], flat[1], flat[2], is_causal=True, scale=spec.attn_scale)
+    return z.transpose(1, 2).unflatten(0, q.shape[:2])
