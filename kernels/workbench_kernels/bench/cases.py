@@ -65,12 +65,12 @@ def random_scores(problem: Problem, channel: str, factored: bool, dtype: torch.d
     Attention, Patch
 ]:  # fmt: skip
     """Random inputs with rotation, without query/key norm and biases; the same numbers whatever the dtype."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device=device).manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     p = problem
 
     def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device=device, dtype=to)
+        return torch.randn(*shape, generator=generator, device=device).to(to)
 
     keys = [draw(p.n, p.prefix + p.tokens, p.kv_heads, p.d_head) for _ in range(2)]
     attention = Attention(
@@ -202,10 +202,10 @@ def _converted_patch(patch: Patch, to: torch.dtype) -> Patch:
 def attend_cases(problems: list[Problem], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """Attention from the windows of many edges; `senders` is their number."""
     for p in problems:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device=device).manual_seed(0)
 
         def draw(*shape: int, generator: torch.Generator = generator) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+            return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
         own = [draw(p.senders, p.n, p.tokens, h, p.d_head) for h in (p.heads, p.kv_heads, p.kv_heads)]
         early = [draw(p.n, p.prefix, p.kv_heads, p.d_head) for _ in range(2)]
@@ -234,10 +234,10 @@ def attend_cases(problems: list[Problem], dtype: torch.dtype, device: torch.devi
 def norm_cases(sizes: list[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """Norms of patched streams, for (prompts, tokens, edges, d_model)."""
     for n, tokens, edges, d_model in sizes:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device=device).manual_seed(0)
 
         def draw(*shape: int, generator: torch.Generator = generator) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+            return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
         base, weight = draw(n, tokens, d_model), draw(d_model)
         delta = draw(edges, n, tokens, d_model)
