@@ -199,14 +199,14 @@ def find(
     """Find a circuit for a task, and judge it on prompts that had no part in finding it.
 
     1. Prompts are drawn: some to score edges on, some to choose the size on, others (of other templates where there
-    are several) to judge the circuit. 2. Edges are scored and selected. 3. The smallest circuit is taken whose
-    faithfulness is at least the target, with the lower end of its 95 % interval, on the second prompts. 4. It is run
+    are several) to judge the circuit. 2. Edges are scored and selected. 3. The smallest circuit tried is taken whose
+    faithfulness is at least the target on the second prompts. 4. It is run
     on the third. 5. Where edges were ranked by effects of each prompt, the selection is repeated on resampled prompts.
 
     Args:
         model: a model on the fast path.
         task: a task, its name, the path of a CSV file, or prompts, which are then split in halves.
-        algorithm: `refine` (the default): a tenth of the edges, by effects, is shrunk step by step by what edges
+        algorithm: `refine` (the default): a fiftieth of the edges, by effects, is shrunk step by step by what edges
             contribute within what is left; `greedy`: by effects, from the logits down, always the strongest edge whose
             receiver is connected; `threshold`: the edges of strongest effect; `acdc`: the `top` edges by `greedy`,
             pruned one by one.
@@ -354,7 +354,7 @@ class _Search:
 
     def _size(self, take: Ranking | Callable[[int], Mask], algorithm: str, sizes: list[int] | None) -> _Found:
         assert self.target is not None
-        sized = smallest(self.sizing, take, target=self.target, algorithm=algorithm, confident=True, sizes=sizes)
+        sized = smallest(self.sizing, take, target=self.target, algorithm=algorithm, sizes=sizes)
         record = {"target": self.target, "reached": sized.reached, "tried": sized.tried.to_dict("records")}
         return _Found(mask=sized.mask, taken=sized.taken, record=record)
 
@@ -391,7 +391,9 @@ class _Search:
         floor = max(4, int(SMALLEST * self.runner.n_edges))
         refined = refine(self.runner, ranking, floor, judge=self.sizing, stop=failed, resume=state, progress=self.say)
         sizes = [int(m.sum()) for m in refined.masks]
-        found = self._size(at, "refine", [*sizes, self.runner.n_edges // 4, self.runner.n_edges])
+        found = self._size(
+            at, "refine", [*sizes, *(int(x * self.runner.n_edges) for x in (0.03, 0.05, 0.1, 0.2, 0.5, 1))]
+        )
         return replace(found, record={**found.record, "rounds": refined.frame.to_dict("records")}), refined
 
     def by_acdc(self, ranking: Ranking, top: int, tau: float | None) -> _Found:

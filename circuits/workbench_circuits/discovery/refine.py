@@ -24,7 +24,7 @@ from workbench_circuits.wiring import Mask
 RATIO = 0.5
 """What share of the edges is kept from round to round."""
 
-START = 0.1
+START = 0.02
 """Share of the edges that the search begins with."""
 
 
@@ -105,11 +105,11 @@ def refine(
     """Shrink the circuit of a ranking round by round, by what edges contribute within what is left.
 
     Scores that are measured once, in the whole model, miss what only shows when other edges are gone: paths that stand
-    in for each other, and edges that need each other. So the scores of a tenth of all edges are measured again in the
-    circuit that these make, half of them are kept, and so on (edge attributions with integrated gradients as in Hanna
-    et al. 2024, of the circuit instead of the model; pruned step by step as in de Jorge et al. 2021, so an edge that
-    was dropped can come back). In every round two circuits of the wanted size are run: the edges that add most within the
-    last circuit, and the first of the ranking. The one whose faithfulness is closer to 1 on other prompts goes on.
+    in for each other, and edges that need each other. So the first fiftieth of all edges is scored again in the circuit
+    that it makes, half of it is kept, and so on (edge attributions with integrated gradients as in Hanna et al. 2024, of
+    the circuit instead of the model; pruned step by step as in de Jorge et al. 2021, so an edge that was dropped can
+    come back). In every round two circuits of the wanted size are run: the edges that add most within the last circuit,
+    and the first of the ranking. The one whose faithfulness is closer to 1 on other prompts goes on.
 
     It goes by gradients: where attention is hard, as in compiled programs, they vanish, and it does no better than
     its ranking; use `acdc` there.

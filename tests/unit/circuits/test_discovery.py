@@ -1,6 +1,7 @@
 """Selecting, sizing, pruning and shrinking circuits, against slow ways to the same thing."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -219,7 +220,8 @@ def test_contributions_are_derivatives(family):
     from workbench_circuits._walk import Plan, walk
 
     step = 1e-5
-    for name in ("input->logits", "a0.h1->m1", "m0->a2.h3<v>", "a1.h0->a2.h0<q>", "input->a1.h2<k>"):
+    kv = "kv1" if model.spec.group_size > 1 else "h3"
+    for name in ("input->logits", "a0.h1->m1", f"m0->a2.{kv}<v>", "a1.h0->a2.h0<q>", f"input->a1.{kv}<k>"):
         place = np.nonzero(runner.wiring.mask([name]))
         values = []
         for sign in (1, -1):
@@ -314,10 +316,12 @@ def test_bad_arguments(model, pairs, options, message):
         discover(model, pairs, **options)
 
 
-def test_refining_ends_at_the_size_asked_for(runner, ranking):
+def test_refining_ends_at_the_size_asked_for(runner, ranking, monkeypatch):
+    monkeypatch.setattr(import_module("workbench_circuits.discovery.refine"), "START", 0.3)
     found = refine(runner, ranking, 5)
     rows = found.frame.to_dict("records")
-    assert rows[0]["n_edges"] <= 19
+    assert rows[0]["n_edges"] <= 57
+    assert len(rows) > 3
     assert rows[-1]["n_edges"] <= 5
     for mask, row in zip(found.masks, rows, strict=True):
         assert mask.sum() == row["n_edges"]
@@ -327,6 +331,7 @@ def test_refining_ends_at_the_size_asked_for(runner, ranking):
             other = {"within": "ranking", "ranking": "within"}[row["rule"]]
             assert abs(1 - row[row["rule"]]) <= abs(1 - row[other])
     np.testing.assert_array_equal(found.at(runner, 80), select(ranking, 80))
+    np.testing.assert_array_equal(select(ranking, 190), runner.wiring.everything)
     assert found.at(runner, 190).sum() == 190
     assert found.at(runner, 5).sum() <= 5
     with pytest.raises(PromptError, match="n_edges=0"):
@@ -334,6 +339,7 @@ def test_refining_ends_at_the_size_asked_for(runner, ranking):
 
 
 def test_refining_goes_on_where_it_was_broken_off(runner, ranking, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_module("workbench_circuits.discovery.refine"), "START", 0.3)
     state = tmp_path / "rounds.safetensors"
     expected = refine(runner, ranking, 4)
 

@@ -1,5 +1,6 @@
 """Circuits as files: what comes back, what is refused, and the files of EAP-IG."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -129,10 +130,8 @@ def test_a_missing_file_and_a_full_place(circuit, tmp_path):
 def test_no_value_of_a_field_gets_past_as_another_error(circuit, tmp_path_factory, text, field):
     path = circuit.save(tmp_path_factory.mktemp("c") / "c.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), field: text}), encoding="utf-8")
-    try:
-        Circuit.load(path)
-    except DataError as error:
-        assert "c.json" in str(error)
+    with contextlib.suppress(DataError):  # anything else is a failure; some values happen to fit
+        assert isinstance(Circuit.load(path), Circuit)
 
 
 def test_a_circuit_is_not_evaluated_on_another_model(circuit, model):

@@ -82,7 +82,7 @@ def test_spearman_against_its_definition():
 
 
 def test_circuits_of_different_models_are_refused():
-    with pytest.raises(DataError, match="of different models, m .* and other"):
+    with pytest.raises(DataError, match=r"of different models, m .* and other"):
         overlap(A, replace(A, model="other", model_hash="2"))
     with pytest.raises(DataError, match="models with different nodes"):
         overlap(A, made(["input->logits"], shape=replace(SHAPE, n_layers=3)))
