@@ -106,8 +106,8 @@ def refine(
 
     Scores that are measured once, in the whole model, miss what only shows when other edges are gone: paths that stand
     in for each other, and edges that need each other. So the first fiftieth of all edges is scored again in the circuit
-    that it makes, half of it is kept, and so on (edge attributions with integrated gradients as in Hanna et al. 2024, of
-    the circuit instead of the model; pruned step by step as in de Jorge et al. 2021, so an edge that was dropped can
+    that it makes, half of it is kept, and so on (edge attributions with integrated gradients as in Hanna et al. 2024,
+    of the circuit instead of the model; pruned step by step as in de Jorge et al. 2021, so an edge that was dropped can
     come back). In every round two circuits of the wanted size are run: the edges that add most within the last circuit,
     and the first of the ranking. The one whose faithfulness is closer to 1 on other prompts goes on.
 
