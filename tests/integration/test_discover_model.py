@@ -31,12 +31,8 @@ def test_a_circuit_of_two_percent_beats_chance_on_unseen_templates(default_model
     found = find(
         default_model,
         "ioi",
-        algorithm="threshold",
-        method="eap_ig",
-        direction="both",
-        signed=True,
-        n=8,
-        n_held_out=6,
+        n=16,
+        n_held_out=8,
         n_edges=share,
         n_resamples=10,
     )

@@ -20,6 +20,9 @@ GIB = 1 << 30
 COMPARED = ("verified", "eap", "eap_ig")
 """Methods whose rankings are compared."""
 
+OWN = "this circuit's"
+"""What the ranking is called that the circuit was taken from."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -34,11 +37,11 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(help="Name, Hugging Face id, folder or .gguf file; default: SmolLM2-135M-Instruct."),
         ] = None,
-        algorithm: Annotated[str, typer.Option(help="refine, greedy, threshold or acdc.")] = "refine",
+        algorithm: Annotated[str, typer.Option(help="threshold, greedy, refine or acdc.")] = "threshold",
         method: Annotated[
             str | None,
             typer.Option(
-                help="Effects to rank by: verified, exact, receiver_exact, eap, eap_ig; default: eap_ig or verified."
+                help="Effects: verified, exact, receiver_exact, eap or eap_ig; default: eap_ig, both ways, signed."
             ),
         ] = None,
         target: Annotated[float, typer.Option(help="Faithfulness to reach.")] = 0.8,
@@ -168,7 +171,9 @@ def _compared(
     rankings: dict[str, Any] = {}
     refined = found.refined
     if refined is not None:
-        rankings["refine"] = lambda n: refined.at(found.runner, n)
+        rankings[OWN] = lambda n: refined.at(found.runner, n)
+    else:
+        rankings[OWN] = Ranking.of(graph, found.effects, signed=found.circuit.signed)
     for method in methods:
         effects = measured_effects(
             model, found.prompts.train, method=method, steps=5, resume=unfinished, progress=say, **options
@@ -241,7 +246,13 @@ def _figures(model: Model, circuit: Circuit, curves: Curves | None, labels: dict
             roles=labels,
         )
     if curves is not None:
-        drawn["curves"] = faithfulness_figure(curves.frame, mark=mark)
+        drawn["curves"] = faithfulness_figure(
+            curves.frame,
+            title=f"{circuit.task or 'circuit'}, {circuit.model}",
+            mark=mark,
+            areas=curves.areas,
+            target=circuit.target,
+        )
     for name, figure in drawn.items():
         page = figure.to_html(include_plotlyjs=True, div_id=name)
         write_atomic(out.with_name(f"{out.stem}.{name}.html"), page)

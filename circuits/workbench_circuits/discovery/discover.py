@@ -174,7 +174,7 @@ def find(
     model: Model,
     task: str | Path | Task | PromptPairs,
     *,
-    algorithm: Algorithm = "refine",
+    algorithm: Algorithm = "threshold",
     method: str | None = None,
     target: float | None = 0.8,
     n_edges: int | None = None,
@@ -200,18 +200,18 @@ def find(
 
     1. Prompts are drawn: some to score edges on, some to choose the size on, others (of other templates where there
     are several) to judge the circuit. 2. Edges are scored and selected. 3. The smallest circuit tried is taken whose
-    faithfulness is at least the target on the second prompts. 4. It is run
-    on the third. 5. Where edges were ranked by effects of each prompt, the selection is repeated on resampled prompts.
+    faithfulness is at least the target on the second prompts. 4. It is run on the third. 5. Where edges were ranked by
+    effects of each prompt, the selection is repeated on resampled prompts.
 
     Args:
         model: a model on the fast path.
         task: a task, its name, the path of a CSV file, or prompts, which are then split in halves.
-        algorithm: `refine` (the default): a fiftieth of the edges, by effects, is shrunk step by step by what edges
-            contribute within what is left; `greedy`: by effects, from the logits down, always the strongest edge whose
-            receiver is connected; `threshold`: the edges of strongest effect; `acdc`: the `top` edges by `greedy`,
-            pruned one by one.
-        method: of the effects: `verified`, `exact`, `receiver_exact`, `eap` or `eap_ig`; default: `eap_ig` with
-            `refine`, else `verified`.
+        algorithm: `threshold` (the default): the edges of strongest effect; `greedy`: from the logits down, always the
+            strongest edge whose receiver is connected; `refine`: a fiftieth of the edges, by effects, is shrunk step by
+            step by what edges contribute within what is left; `acdc`: the `top` edges by `greedy`, pruned one by one.
+        method: of the effects: `verified`, `exact`, `receiver_exact`, `eap` or `eap_ig`. Without one: `eap_ig` in both
+            directions, signed, which of the rankings tried on the default model gave the most faithful small circuits;
+            with fewer than 16 prompts it is not reliable.
         target: faithfulness to reach.
         n_edges: a number of edges instead of a target.
         n: prompts of a task to score edges on; half as many more choose the size.
@@ -219,9 +219,10 @@ def find(
         corruption: how a task's prompts are corrupted; default: its first way.
         held_out: prompts to judge it on, if `task` is prompts.
         effects: effects of all edges, if they are known already (then `method`, `direction` and `steps` do not count).
-        signed: rank edges by how much they help instead of by the size of their effect; default: with `refine`.
-        direction: of the effects: `noising`, `denoising` or `both`, see `two_sided`; default: `both` with `refine`,
-            else `noising`.
+        signed: rank edges by how much they help instead of by the size of their effect; default: with `refine`, and
+            where no method is named.
+        direction: of the effects: `noising`, `denoising` or `both`, see `two_sided`; default: `both` with `refine` and
+            where no method is named, else `noising`.
         ablation: what edges outside the circuit carry: `resample`, `mean` or `zero`.
         metric: of effects and faithfulness.
         steps: gradients of `eap_ig`.
@@ -257,14 +258,14 @@ def find(
     settings: dict[str, Any] = {"ablation": ablation, "metric": metric, "budget_bytes": budget_bytes}
     runner = CircuitRunner(model, prompts.train, **settings)
     sizing = runner if prompts.sizing is prompts.train else CircuitRunner(model, prompts.sizing, **settings)
-    refining = algorithm == "refine"
-    signed = refining if signed is None else signed
+    two_ways = algorithm == "refine" or (method is None and effects is None)
+    signed = two_ways if signed is None else signed
     if effects is None:
         effects = measured_effects(
             model,
             prompts.train,
-            method=method or ("eap_ig" if refining else "verified"),
-            direction=direction or ("both" if refining else "noising"),
+            method=method or "eap_ig",
+            direction=direction or ("both" if two_ways else "noising"),
             metric=metric,
             steps=steps,
             seed=seed,

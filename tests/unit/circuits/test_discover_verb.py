@@ -48,7 +48,7 @@ def test_the_whole_way(call, model, tmp_path):
         "ioi.curves.html",
     }
     areas = pd.read_csv(out.with_name("ioi.areas.csv"))
-    assert areas["method"].tolist() == ["refine", "eap", "eap_ig", "random"]
+    assert areas["method"].tolist() == ["this circuit's", "eap", "eap_ig", "random"]
     for row in areas.to_dict("records"):
         assert f"{row['cmd']:.3f}" in result.stdout
     assert "random circuits of" in result.stdout
