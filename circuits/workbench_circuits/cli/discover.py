@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from workbench.models import Model
     from workbench_circuits.circuit import Circuit
     from workbench_circuits.discovery import Discovery
@@ -236,7 +238,7 @@ def _figures(model: Model, circuit: Circuit, curves: Curves | None, labels: dict
     if len(circuit):
         f = None if circuit.held_out is None else circuit.held_out.faithfulness
         drawn["circuit"] = circuit_figure(
-            circuit.frame,
+            as_patched(circuit),
             model.spec,
             title=f"{circuit.task or 'circuit'}, {circuit.model}",
             faithfulness=None if f is None else (f.value, f.ci_low, f.ci_high),
@@ -256,6 +258,14 @@ def _figures(model: Model, circuit: Circuit, curves: Curves | None, labels: dict
     for name, figure in drawn.items():
         page = figure.to_html(include_plotlyjs=True, div_id=name)
         write_atomic(out.with_name(f"{out.stem}.{name}.html"), page)
+
+
+def as_patched(circuit: Circuit) -> pd.DataFrame:
+    """The circuit's edges with the sign of what patching each into the clean run does, as the figure is drawn."""
+    from workbench_circuits.discovery.select import helping_sign
+
+    turned = -helping_sign(circuit.direction, circuit.metric) * helping_sign("denoising", circuit.metric)
+    return circuit.frame.assign(effect=turned * circuit.frame["effect"])
 
 
 def circuit_text(circuit: Circuit) -> str:

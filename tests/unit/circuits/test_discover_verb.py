@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tiny_text import tiny_text_model
 from workbench_circuits.circuit import Circuit
-from workbench_circuits.cli.discover import register
+from workbench_circuits.cli.discover import as_patched, register
 from workbench_circuits.discovery import find
 
 
@@ -104,3 +104,19 @@ def test_what_is_wrong_is_named(call, tmp_path, arguments, message):
     result = call(*arguments, "--out", tmp_path / "c.json")
     assert result.exit_code != 0
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("metric", ["logit_diff", "kl_to_clean"])
+def test_the_figure_is_drawn_by_what_patching_does_whichever_way_effects_were_measured(model, metric):
+    options = {"n": 4, "n_held_out": 4, "n_edges": 30, "metric": metric, "seed": 3, "n_resamples": 0, "method": "exact"}
+    drawn = {}
+    for direction in ("noising", "both"):
+        circuit = find(model, "ioi", direction=direction, algorithm="threshold", **options).circuit
+        assert circuit.direction == direction
+        frame = as_patched(circuit)
+        drawn[direction] = dict(zip(frame["sender"] + "->" + frame["receiver"], frame["effect"], strict=True))
+    shared = set(drawn["noising"]) & set(drawn["both"])
+    strong = [e for e in shared if min(abs(drawn[way][e]) for way in drawn) > 0.2 * abs(drawn["noising"][e])]
+    agree = sum(drawn["noising"][e] * drawn["both"][e] > 0 for e in strong)
+    assert len(strong) >= 5
+    assert agree > 0.75 * len(strong)
