@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench_circuits._competence import Competence, Survey, competence, survey
+    from workbench_circuits._overlap import Overlap, overlap
+    from workbench_circuits._roc import edge_roc, head_roc, roc
     from workbench_circuits.circuit import Circuit
     from workbench_circuits.criteria import completeness, minimality
     from workbench_circuits.discovery import acdc, discover, find, refine, stability
-    from workbench_circuits.evaluation import curves, edge_roc, evaluate, head_roc, random_circuits, roc
+    from workbench_circuits.evaluation import curves, evaluate, random_circuits
     from workbench_circuits.figure import circuit_figure, faithfulness_figure
-    from workbench_circuits.overlap import Overlap, overlap
     from workbench_circuits.roles import HeadRoles, head_roles
     from workbench_circuits.run import CircuitRun, CircuitRunner, run_circuit, run_circuits
     from workbench_circuits.tasks import Task, load_task
@@ -32,17 +33,17 @@ _HOME = {
     "refine": "workbench_circuits.discovery:refine",
     "stability": "workbench_circuits.discovery:stability",
     "curves": "workbench_circuits.evaluation:curves",
-    "edge_roc": "workbench_circuits.evaluation:edge_roc",
+    "edge_roc": "workbench_circuits._roc:edge_roc",
     "evaluate": "workbench_circuits.evaluation:evaluate",
-    "head_roc": "workbench_circuits.evaluation:head_roc",
+    "head_roc": "workbench_circuits._roc:head_roc",
     "random_circuits": "workbench_circuits.evaluation:random_circuits",
-    "roc": "workbench_circuits.evaluation:roc",
+    "roc": "workbench_circuits._roc:roc",
     "circuit_figure": "workbench_circuits.figure:circuit_figure",
     "faithfulness_figure": "workbench_circuits.figure:faithfulness_figure",
     "HeadRoles": "workbench_circuits.roles:HeadRoles",
     "head_roles": "workbench_circuits.roles:head_roles",
-    "Overlap": "workbench_circuits.overlap:Overlap",
-    "overlap": "workbench_circuits.overlap:overlap",
+    "Overlap": "workbench_circuits._overlap:Overlap",
+    "overlap": "workbench_circuits._overlap:overlap",
     "CircuitRun": "workbench_circuits.run:CircuitRun",
     "CircuitRunner": "workbench_circuits.run:CircuitRunner",
     "run_circuit": "workbench_circuits.run:run_circuit",

@@ -8,8 +8,8 @@ from oracle.circuit_oracle import CircuitOracle
 from oracle.test_tracr import CIRCUITS, SETTINGS, metric
 from oracle.tracr_programs import PROGRAMS, TracrModule, circuit, tracr_pairs, workbench_model
 from workbench import PromptPairs
+from workbench_circuits._roc import edge_roc
 from workbench_circuits.discovery import Ranking, acdc, select, smallest
-from workbench_circuits.evaluation import edge_roc
 from workbench_circuits.run import CircuitRunner
 
 

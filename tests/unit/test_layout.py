@@ -64,3 +64,16 @@ def test_every_public_name_resolves() -> None:
         "import workbench\nprint(all(getattr(workbench, name) is not None for name in workbench.__all__))"
     )
     assert output.strip() == "True"
+
+
+@pytest.mark.parametrize("package", ["workbench", "workbench_circuits"])
+def test_no_module_takes_the_place_of_a_public_name(package: str) -> None:
+    output = run_python(
+        f"import pkgutil, types, importlib, {package} as p\n"
+        "names = [m.name for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if '._data' not in m.name]\n"
+        "for name in names:\n    importlib.import_module(name)\n"
+        "print(len(names), [n for n in p.__all__ if isinstance(getattr(p, n), types.ModuleType)])"
+    )
+    count, taken = output.strip().split(" ", 1)
+    assert int(count) > 10
+    assert taken == "[]"

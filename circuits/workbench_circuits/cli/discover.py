@@ -165,7 +165,7 @@ def _compared(
     options: dict[str, Any],
 ) -> Curves:
     """Rankings by several methods, measured on the prompts of the search, judged on the held-out ones."""
-    from workbench_circuits.discovery.discover import measured_effects
+    from workbench_circuits.discovery.scores import measured_effects
     from workbench_circuits.discovery.select import Ranking
     from workbench_circuits.evaluation import curves_of
 

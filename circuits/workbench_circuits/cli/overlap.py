@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from workbench_circuits.overlap import Overlap
+    from workbench_circuits._overlap import Overlap
 
 
 def register(app: typer.Typer) -> None:
@@ -22,8 +22,8 @@ def register(app: typer.Typer) -> None:
         top: Annotated[int, typer.Option(min=0, help="How many heads to print.")] = 20,
     ) -> None:
         """Compare two circuits: shared edges, heads and nodes, against what chance would share."""
+        from workbench_circuits._overlap import overlap as compare
         from workbench_circuits.circuit import Circuit
-        from workbench_circuits.overlap import overlap as compare
 
         first, second = Circuit.load(a.expanduser()), Circuit.load(b.expanduser())
         found = compare(first, second, names=(a.stem, b.stem))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from workbench.errors import DataError, OutputError, PromptError
-from workbench.patching.graph import Graph
+from workbench.errors import OutputError, PromptError
 from workbench_circuits._reference import Ablation
 from workbench_circuits.circuit import Able, Circuit, Steadiness
 from workbench_circuits.discovery.acdc import acdc
+from workbench_circuits.discovery.prompts import Prompts, draw_prompts
 from workbench_circuits.discovery.refine import Refined, contributions, contributions_by_prompt, refine
+from workbench_circuits.discovery.scores import measured_effects
 from workbench_circuits.discovery.select import ALGORITHMS, Ranking, order_of, select
 from workbench_circuits.discovery.size import smallest
 from workbench_circuits.discovery.stability import stability
@@ -32,34 +31,11 @@ if TYPE_CHECKING:
 
 Algorithm = Literal["refine", "greedy", "threshold", "acdc"]
 ACDC_TOP = 3000
-COMPETENCE_PROMPTS = 100
-FEWEST_TO_PART = 6
-"""From this many prompts on, a third of those that a circuit is found on only decide on its size."""
-
 SMALLEST = 0.0005
 """Share of the edges below which `refine` does not go."""
 
 FIRST_TAU = 0.0005
 """Threshold that ACDC begins with if none is given, as a share of the gap between model and empty circuit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Prompts of one discovery; those of different parts are different prompts.
-
-    Attributes:
-        train: prompts that edges are scored on.
-        sizing: prompts that decide how many edges are taken.
-        held_out: prompts that the result is judged on.
-        competence: prompts that say whether the model can do the task.
-        split: how `held_out` was kept apart.
-    """
-
-    train: PromptPairs
-    sizing: PromptPairs
-    held_out: PromptPairs
-    competence: PromptPairs
-    split: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,85 +57,6 @@ class Discovery:
     refined: Refined | None
     runner: CircuitRunner
     judge: CircuitRunner
-
-
-def draw_prompts(
-    model: Model,
-    task: str | Path | Task | PromptPairs,
-    *,
-    n: int = 32,
-    n_held_out: int = 32,
-    corruption: str | None = None,
-    seed: int = 0,
-    held_out: PromptPairs | None = None,
-) -> Prompts:
-    """Prompts to find a circuit on and prompts to judge it on, with templates of their own where there are several.
-
-    Args:
-        model: whose tokenizer is used.
-        task: a task, its name, a CSV file, or prompts.
-        n: prompts of a task to find the circuit on.
-        n_held_out: prompts to judge it on.
-        corruption: of a task; default: its first.
-        seed: seed of all draws.
-        held_out: prompts to judge it on, if `task` is prompts.
-
-    Raises:
-        PromptError: if there are not enough prompts.
-    """
-    from workbench.prompts import PromptPairs
-    from workbench_circuits.tasks import load_task
-    from workbench_circuits.tasks.base import Task
-    from workbench_circuits.tasks.custom import CsvTask
-
-    if isinstance(task, PromptPairs):
-        if held_out is not None:
-            train, sizing = _sizing(task, seed)
-            return Prompts(train=train, sizing=sizing, held_out=held_out, competence=task, split="given")
-        return _halves(task, seed)
-    drawer = task if isinstance(task, Task) else load_task(task)
-    if isinstance(drawer, CsvTask):
-        found = _halves(drawer.pairs(model, corruption=corruption), seed)
-        return replace(
-            found,
-            train=_at_most(found.train, n, seed),
-            sizing=_at_most(found.sizing, n, seed),
-            held_out=_at_most(found.held_out, n_held_out, seed),
-        )
-    extra = n // 2
-    try:
-        both = drawer.pairs(model, n + extra, seed=seed, corruption=corruption, split="train")
-        judged = drawer.pairs(model, n_held_out, seed=seed + 1, corruption=corruption, split="held_out")
-        split = "templates of their own"
-    except PromptError:
-        everything = drawer.pairs(model, n + extra + n_held_out, seed=seed, corruption=corruption)
-        both, judged = everything.split((n + extra) / len(everything), seed)
-        split = "prompts of the same templates"
-    train, sizing = (both, both) if extra < 2 else (both.subset(slice(0, n)), both.subset(slice(n, None)))
-    try:
-        able = drawer.pairs(model, COMPETENCE_PROMPTS, seed=seed, corruption=corruption)
-    except PromptError:
-        able = PromptPairs.concat([both, judged])
-    return Prompts(train=train, sizing=sizing, held_out=judged, competence=able, split=split)
-
-
-def _halves(pairs: PromptPairs, seed: int = 0) -> Prompts:
-    families = set() if pairs.templates is None else {name.split("/")[0] for name in pairs.templates}
-    several = len(families) > 1
-    found, judged = pairs.split(0.5, seed, by_template=several)
-    train, sizing = _sizing(found, seed)
-    split = "templates of their own" if several else "prompts of the same templates"
-    return Prompts(train=train, sizing=sizing, held_out=judged, competence=pairs, split=split)
-
-
-def _sizing(pairs: PromptPairs, seed: int) -> tuple[PromptPairs, PromptPairs]:
-    return (pairs, pairs) if len(pairs) < FEWEST_TO_PART else pairs.split(2 / 3, seed)
-
-
-def _at_most(pairs: PromptPairs, n: int, seed: int) -> PromptPairs:
-    if len(pairs) <= n:
-        return pairs
-    return pairs.subset(np.sort(np.random.default_rng(seed).permutation(len(pairs))[:n]))
 
 
 def discover(model: Model, task: str | Path | Task | PromptPairs, **options: Any) -> Circuit:
@@ -523,85 +420,3 @@ def _folder(resume: str | Path | None) -> Path | None:
     except OSError as error:
         raise OutputError(f"cannot keep unfinished work in {folder}: {error.strerror or error}") from error
     return folder
-
-
-def measured_effects(
-    model: Model,
-    pairs: PromptPairs,
-    *,
-    direction: str = "noising",
-    resume: str | Path | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> EdgeEffects:
-    """Effects of all edges with those of every prompt, kept in the folder `resume` if one is given.
-
-    A later call with the same model, prompts and options reads them from there; one that was broken off goes on.
-
-    Args:
-        model: a model on the fast path.
-        pairs: prompts.
-        direction: `noising`, `denoising` or `both`; see `two_sided`.
-        resume: folder.
-        progress: called with a line about once a second.
-        options: further arguments of `workbench.edge_effects`.
-    """
-    from workbench.patching import EdgeEffects, edge_effects
-
-    if direction == "both":
-        parts = [
-            measured_effects(model, pairs, direction=one, resume=resume, progress=progress, **options)
-            for one in ("noising", "denoising")
-        ]
-        return two_sided(Graph(model.spec), parts[0], parts[1])
-    options |= {"direction": direction}
-    if resume is None:
-        return edge_effects(model, pairs, per_prompt=True, progress=progress, **options)
-    fixed = {name: value for name, value in options.items() if name != "budget_bytes"}
-    key = json.dumps([model.model_hash, str(model.dtype), pairs.data_hash, fixed], sort_keys=True)
-    folder = Path(resume) / f"effects-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    done = folder / "done"
-    if (done / "effects.json").exists():
-        try:
-            return EdgeEffects.load(done)
-        except DataError as error:
-            raise DataError(f"{error}; delete {folder} and begin again") from error
-    found = edge_effects(model, pairs, per_prompt=True, resume=folder / "unfinished", progress=progress, **options)
-    found.save(done)
-    return found
-
-
-def two_sided(graph: Graph, noising: EdgeEffects, denoising: EdgeEffects) -> EdgeEffects:
-    """Mean of what an edge takes away from the clean run and what it gives to the corrupted run.
-
-    An edge that others can stand in for does nothing to the clean run, one that needs others nothing to the corrupted
-    run; the mean sees both, and is positive where an edge helps (negative for KL).
-
-    Args:
-        graph: of the model.
-        noising: effects with the clean run as base, of each prompt.
-        denoising: effects of the same edges with the corrupted run as base.
-
-    Raises:
-        PromptError: if the effects of each prompt are missing, or they are of different edges or prompts.
-    """
-    from workbench.patching.effects import EdgeEffects, effects_frame
-
-    edges = Ranking.of(graph, noising).edges
-    a, b = noising.per_prompt, denoising.per_prompt
-    if a is None or b is None or a.shape != b.shape or edges.names != Ranking.of(graph, denoising).edges.names:
-        raise PromptError("two_sided needs effects of each prompt (per_prompt=True), of the same edges and prompts")
-    first = noising.frame.iloc[0]
-    values = (b - a) / 2
-    floor = max(noising.noise_floor, denoising.noise_floor)
-    methods = np.array(
-        [x if x == y else f"{x}/{y}" for x, y in zip(noising.frame["method"], denoising.frame["method"], strict=True)],
-        dtype=object,
-    )
-    constant = {name: first[name] for name in ("ablation", "metric", "base", "path_taken")}
-    return EdgeEffects(
-        frame=effects_frame(edges, values, methods, floor, {**constant, "direction": "both"}),
-        noise_floor=floor,
-        provenance={**noising.provenance, "denoising": dict(denoising.provenance)},
-        per_prompt=values,
-    )

@@ -25,7 +25,8 @@ from workbench_circuits.discovery import (
     stability,
     threshold_order,
 )
-from workbench_circuits.discovery.discover import draw_prompts, measured_effects, two_sided
+from workbench_circuits.discovery.prompts import draw_prompts
+from workbench_circuits.discovery.scores import measured_effects, two_sided
 from workbench_circuits.run import CircuitRunner
 
 

@@ -8,17 +8,15 @@ import pytest
 import workbench as wb
 from unit.patching.patching_cases import model_of, tiny_prompts
 from workbench.errors import PromptError
+from workbench_circuits._roc import edge_roc, head_roc, roc
 from workbench_circuits.criteria import completeness, minimality
 from workbench_circuits.discovery.select import Ranking, select
 from workbench_circuits.evaluation import (
     MIB_SIZES,
     curves,
     curves_of,
-    edge_roc,
     evaluate,
-    head_roc,
     random_circuits,
-    roc,
     trapezoid,
 )
 from workbench_circuits.run import CircuitRunner

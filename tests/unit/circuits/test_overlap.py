@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from workbench.cli import make_app
 from workbench.errors import DataError
+from workbench_circuits._overlap import _compare, overlap, spearman
 from workbench_circuits.circuit import Able, Circuit, GraphShape
-from workbench_circuits.overlap import _compare, overlap, spearman
 
 SHAPE = GraphShape(n_layers=2, n_heads=2, n_kv_heads=1, d_model=8, has_mlp=True, parallel=False)
 
