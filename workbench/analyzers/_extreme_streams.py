@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,6 @@ class Found:
     value_rest: Float[Tensor, "n n_layers n_heads"] | None
     places: Int[Tensor, "found 4"]
     values: Float[Tensor, "found"]
-    n_groups: int = field(default=0)
 
     def share(self) -> Any:
         """Share of samples with a massive activation, by layer, with Wilson's interval."""
@@ -51,6 +51,7 @@ class Found:
         layers = ((self.counts > 0).double().mean(0) >= MOST).nonzero().flatten()
         return int(layers[0]) if len(layers) else None
 
+    @cached_property
     def groups(self) -> dict[tuple[int, int, bool], Bool[Tensor, "found"]]:
         """Which of `values` belong to each (layer, dimension, at a later token), the largest mean size first."""
         layer, position, dim = self.places[:, 1], self.places[:, 2], self.places[:, 3]
@@ -58,13 +59,12 @@ class Found:
         found = {}
         for key in keys.unique(dim=0):
             found[(int(key[0]), int(key[1]), bool(key[2]))] = (keys == key).all(1)
-        self.n_groups = len(found)
         return dict(sorted(found.items(), key=lambda item: -float(self.values[item[1]].abs().mean())))
 
     def records(self, model: Model) -> list[dict[str, Any]]:
         """The groups as JSON."""
         listed = []
-        for (layer, dim, later), chosen in list(self.groups().items())[:RECORDS]:
+        for (layer, dim, later), chosen in list(self.groups.items())[:RECORDS]:
             places, values = self.places[chosen], self.values[chosen]
             samples, positions = places[:, 0], places[:, 2]
             ids = self.tokens[samples, positions]

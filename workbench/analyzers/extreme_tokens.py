@@ -131,7 +131,7 @@ def run(
         first_layer=first,
         largest_ratio=float((found.largest[..., 0] / found.median.clamp(min=1e-30)).max()),
         massive_activations=found.records(model),
-        massive_groups=found.n_groups,
+        massive_groups=len(found.groups),
     )
     return HeadTable(frame=pd.concat(frames, ignore_index=True), provenance=record)
 
@@ -152,11 +152,10 @@ def activations(table: HeadTable) -> pd.DataFrame:
 def _changes(model: Model, found: Found, first: int, absolute: float, ratio: float, seed: int) -> dict[str, Change]:
     """The interventions at the first layer: none, zero, mean, and the control."""
     d_model = model.spec.d_model
-    means = torch.zeros(2, d_model, dtype=torch.float64)
-    for (layer, dim, later), chosen in found.groups().items():
+    means, known = torch.zeros(2, d_model, dtype=torch.float64), torch.zeros(2, d_model, dtype=torch.bool)
+    for (layer, dim, later), chosen in found.groups.items():
         if layer == first:
-            means[int(later), dim] = found.values[chosen].mean()
-    known = means != 0
+            means[int(later), dim], known[int(later), dim] = found.values[chosen].mean(), True
     dims = known.any(0).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
     others = torch.tensor([dim for dim in range(d_model) if dim not in set(dims.tolist())])

@@ -52,8 +52,7 @@ class Comparison:
 
     def differences(self) -> HeadTable:
         """The differences as a table of heads; its metrics keep their names."""
-        frame = self.rows.assign(value=self.rows["difference"], n=self.rows["n_a"], path_taken="fast")
-        frame["path_taken"] = self.rows["path_taken"]
+        frame = self.rows.assign(value=self.rows["difference"], n=self.rows["n_a"])
         columns = [*KEY, "value", "stderr", "ci_low", "ci_high", "n", "unit", "path_taken"]
         layers, heads = self.shapes[0]
         record = {"compared": dict(self.provenance), "n_layers": layers, "n_heads": heads}

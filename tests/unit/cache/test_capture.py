@@ -90,7 +90,9 @@ def test_logits_are_never_computed(monkeypatch):
 
     model = tiny()
     monkeypatch.setattr(forward, "unembed", fail)
-    wb.capture(model, tokens_of(), "resid_post")
+    with pytest.raises(AssertionError, match="unembedded"):
+        model.forward(tokens_of())
+    assert wb.capture(model, tokens_of(), "resid_post").layers == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
